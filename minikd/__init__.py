@@ -1,0 +1,48 @@
+"""minikd: knowledge distillation without a deep-learning framework.
+
+The names below are all that other code needs; each is imported when it is first used, so that ``import minikd``
+loads NumPy and little else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name → module that defines it. A module's own name stands for the module itself.
+_PUBLIC = {
+    "Tensor": "minikd.tensor",
+    "no_grad": "minikd.tape",
+    "backends": "minikd.kernels",
+    "use_backend": "minikd.kernels",
+    "distill": "minikd.distillation",
+    "save": "minikd.export",
+    "load": "minikd.export",
+    "data": "minikd.data",
+    "distillation": "minikd.distillation",
+    "errors": "minikd.errors",
+    "export": "minikd.export",
+    "functional": "minikd.functional",
+    "metrics": "minikd.metrics",
+    "nn": "minikd.nn",
+    "ops": "minikd.ops",
+    "optim": "minikd.optim",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    module = _PUBLIC.get(name)
+    if module is None:
+        raise AttributeError(f"module 'minikd' has no attribute {name!r}")
+    loaded = importlib.import_module(module)
+    value = loaded if module == f"minikd.{name}" else getattr(loaded, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,458 @@
+"""What users call: softmax, the losses and the layers' functions, in PyTorch's names and reductions.
+
+Tensors in, tensors out, and the gradient is recorded. Plain arrays in, plain arrays out; there every loss also takes
+``return_grad=True`` and hands out its logits' gradient from the same traversal, for those who want the kernel without
+the autograd. Integers and float16 are computed in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from minikd.errors import ArgumentError, ShapeError, bad_temperature
+from minikd.kernels import as_real, execute
+from minikd.ops import OPS
+from minikd.ops.elementwise import ACTIVATIONS
+from minikd.tensor import Tensor, apply, concatenate, matmul, take
+
+__all__ = [
+    "concatenate",
+    "cross_entropy",
+    "distillation_loss",
+    "dropout",
+    "gelu",
+    "kl_div",
+    "linear",
+    "log_softmax",
+    "matmul",
+    "relu",
+    "sigmoid",
+    "softmax",
+    "take",
+    "tanh",
+]
+
+# Rows that are looked at for the warning that probabilities came where logits belong.
+ROWS_TO_LOOK_AT = 32
+
+
+# --- checks that every call shares ---
+
+
+def _temperature(where: str, value: Any) -> float:
+    """The temperature as a float, or an error if it is not a finite number above 0."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise bad_temperature(where, value) from None
+    if not 0 < number < math.inf:
+        raise bad_temperature(where, value)
+    return number
+
+
+def _finite(where: str, argument: str, value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ArgumentError(where, argument, expected="a finite number", got=repr(value))
+    return number
+
+
+def _choice(where: str, argument: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ArgumentError(where, argument, expected="one of " + ", ".join(choices), got=repr(value))
+    return value
+
+
+def _smoothing(where: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ArgumentError(where, "label_smoothing", expected="between 0 and 1", got=repr(value))
+    return float(value)
+
+
+def _array(value: Any, where: str, argument: str) -> Any:
+    return value.array if isinstance(value, Tensor) else as_real(where, argument, value)
+
+
+def _rows_of_logits(where: str, argument: str, value: Any) -> Any:
+    """Refuse anything that is not (n, c) with at least one row and one class."""
+    array = _array(value, where, argument)
+    if array.ndim != 2 or 0 in array.shape:
+        fix = "Give one row of class scores for each sample; a single row is logits[None]."
+        raise ShapeError(where, argument, expected="of shape (n, c) with n, c ≥ 1", got=f"shape {array.shape}", fix=fix)
+    return array
+
+
+def _warn_of_probabilities(where: str, argument: str, logits: Any) -> None:
+    """One warning if each of the first rows lies in [0, 1] and sums to 1: softmax was probably applied already."""
+    first = logits[0]
+    if len(first) < 2 or first.min() < 0 or first.max() > 1:
+        return
+    rows = logits[:ROWS_TO_LOOK_AT]
+    if ((rows >= 0) & (rows <= 1)).all() and (abs(rows.sum(axis=1) - 1) < 1e-3).all():
+        message = f"{where}: {argument} looks like probabilities; it must be logits. Pass the scores before softmax"
+        warnings.warn(f"{message}, or their logarithm.", UserWarning, stacklevel=4)
+
+
+def _row_targets(where: str, target: Any, n: int, c: int) -> tuple[Any, bool]:
+    """The target as an array, and whether it holds class probabilities (n, c) and not class ids (n,)."""
+    array = target.array if isinstance(target, Tensor) else np.asarray(target)
+    if array.ndim == 2 and array.shape == (n, c):
+        return as_real(where, "target", array), True
+    if array.shape != (n,):
+        expected = f"class ids of shape ({n},) or class probabilities of shape ({n}, {c})"
+        raise ShapeError(where, "target", expected=expected, got=f"shape {array.shape}")
+    return array, False
+
+
+# --- running a loss on tensors or on arrays ---
+
+
+def _loss(name: str, inputs: Sequence[Any], return_grad: bool, grad_out: Any, **attrs: Any) -> Any:
+    """A loss as a recorded tensor if a tensor came, else as NumPy values with the gradient if it was asked for."""
+    wants_grad = return_grad or grad_out is not None
+    if any(isinstance(x, Tensor) for x in inputs):
+        if wants_grad:
+            fix = "Call loss.backward() and read .grad, or pass plain arrays."
+            raise ArgumentError(name, "return_grad", expected="used with arrays only", got="tensors", fix=fix)
+        return apply(name, *inputs, **attrs)
+    gradient = _gradient_out(name, grad_out, inputs[0])
+    (loss,), (saved,), _ = execute(OPS[name], inputs, attrs, save=wants_grad, gradient=gradient)
+    value = loss if loss.ndim else loss[()]
+    return (value, saved) if wants_grad else value
+
+
+def _gradient_out(name: str, grad_out: Any, logits: Any) -> Any:
+    if grad_out is None:
+        return None
+    real = as_real(name, "logits", logits).dtype
+    ok = isinstance(grad_out, np.ndarray) and grad_out.shape == np.shape(logits) and grad_out.dtype == real
+    if not (ok and grad_out.flags.c_contiguous and grad_out.flags.writeable):
+        expected = f"a writable C-contiguous {real} array of shape {np.shape(logits)}"
+        got = f"{grad_out.dtype} of shape {grad_out.shape}" if isinstance(grad_out, np.ndarray) else repr(type(grad_out))
+        raise ArgumentError(name, "grad_out", expected=expected, got=got)
+    return grad_out
+
+
+# --- softmax ---
+
+
+def _rows_function(name: str, x: Any, axis: int, temperature: Any) -> Any:
+    """Softmax or log-softmax along any axis: that axis is brought to the end, and the others become rows."""
+    t = _temperature(name, temperature)
+    array = _array(x, name, "x")
+    if array.ndim == 0 or 0 in array.shape:
+        raise ShapeError(name, "x", expected="an array with at least one row and one class", got=f"shape {array.shape}")
+    if not -array.ndim <= axis < array.ndim:
+        expected = f"an axis of an array with {array.ndim} axes"
+        raise ArgumentError(name, "axis", expected=expected, got=str(axis))
+    order = [a for a in range(array.ndim) if a != axis % array.ndim] + [axis % array.ndim]
+    back = tuple(int(a) for a in np.argsort(order))
+    rows = (math.prod(array.shape) // array.shape[axis], array.shape[axis])
+    if not isinstance(x, Tensor):
+        moved = np.ascontiguousarray(array.transpose(order))
+        (y,), _, _ = execute(OPS[name], [moved.reshape(rows), np.float64(t)], {})
+        return np.ascontiguousarray(y.reshape(moved.shape).transpose(back))
+    moved = x if order == sorted(order) else x.transpose(order)
+    y = apply(name, moved if moved.ndim == 2 else moved.reshape(rows), np.float64(t))
+    y = y if y.shape == moved.shape else y.reshape(moved.shape)
+    return y if order == sorted(order) else y.transpose(back)
+
+
+def softmax(x: Any, axis: int = -1, temperature: float = 1.0) -> Any:
+    """Class probabilities of scores: exp(x/T) / Σ exp(x/T), computed after the largest score is taken off.
+
+    Parameters
+    ----------
+    x : scores of any shape, a Tensor or an array.
+    axis : the axis of the classes; the last one by default.
+    temperature : T > 0. Above 1 the probabilities come closer together, towards 0 they become one-hot (ties share).
+
+    Returns
+    -------
+    The same shape. A score of -inf has probability exactly 0. A row that is all -inf, or holds NaN or +inf, is NaN.
+
+    Raises
+    ------
+    ArgumentError : T ≤ 0, NaN or infinite; or the axis does not exist.
+    ShapeError : there are no elements.
+
+    Source: Hinton, Vinyals and Dean 2015, "Distilling the knowledge in a neural network", eq. 1.
+    """
+    return _rows_function("softmax", x, axis, temperature)
+
+
+def log_softmax(x: Any, axis: int = -1, temperature: float = 1.0) -> Any:
+    """The logarithm of `softmax`, x/T - log Σ exp(x/T), without ever taking the logarithm of a rounded probability.
+
+    Arguments, shapes and errors are those of `softmax`; a score of -inf gives -inf.
+    """
+    return _rows_function("log_softmax", x, axis, temperature)
+
+
+# --- losses ---
+
+
+def cross_entropy(
+    logits: Any,
+    target: Any,
+    *,
+    weight: Any = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_grad: bool = False,
+    grad_out: Any = None,
+) -> Any:
+    """-Σ_c w_c·ỹ_c·log softmax(logits)_c, at temperature 1: the loss of hard labels, or of class probabilities.
+
+    Parameters
+    ----------
+    logits : (n, c) raw scores; rows are samples.
+    target : (n,) class ids of any integer dtype, or (n, c) class probabilities.
+    weight : (c,) class weights, or None for 1 each.
+    ignore_index : rows with this class id add no loss and no gradient (class ids only).
+    label_smoothing : e in [0, 1]; the target becomes (1 - e)·y + e/c.
+    reduction : "mean" divides by the sum of the class weights of the rows that are not ignored (by n with class
+        probabilities), "sum" adds the rows up, "none" returns (n,).
+    return_grad : with arrays only, return (loss, gradient with respect to logits) from the same traversal.
+    grad_out : an array of the logits' shape and dtype to write that gradient into; implies return_grad.
+
+    Raises
+    ------
+    ArgumentError : a class id outside 0 … c - 1 (row, value and c are named), an unknown reduction, e outside [0, 1].
+    ShapeError : shapes do not fit, or n or c is 0.
+
+    Notes
+    -----
+    As torch.nn.functional.cross_entropy, except: where every row is ignored, or the weights sum to 0, the mean is 0
+    with a zero gradient (PyTorch: NaN).
+    """
+    where = "cross_entropy"
+    z = _rows_of_logits(where, "logits", logits)
+    _choice(where, "reduction", reduction, ("mean", "sum", "none"))
+    attrs: dict[str, Any] = {"reduction": reduction, "label_smoothing": _smoothing(where, label_smoothing)}
+    labels, soft = _row_targets(where, target, *z.shape)
+    if weight is not None:
+        weight = _array(weight, where, "weight")
+        if weight.shape != z.shape[1:]:
+            raise ShapeError(where, "weight", expected=f"of shape ({z.shape[1]},)", got=f"shape {weight.shape}")
+    _warn_of_probabilities(where, "logits", z)
+    if soft:
+        return _loss("soft_cross_entropy", (logits, labels, weight), return_grad, grad_out, **attrs)
+    return _loss(where, (logits, labels, weight), return_grad, grad_out, ignore_index=int(ignore_index), **attrs)
+
+
+def kl_div(
+    input: Any,
+    target: Any,
+    *,
+    reduction: str = "batchmean",
+    log_target: bool = False,
+    return_grad: bool = False,
+    grad_out: Any = None,
+) -> Any:
+    """Σ q·(log q - input): how far log-probabilities `input` are from probabilities q, pointwise as in PyTorch.
+
+    Parameters
+    ----------
+    input : (n, c) or (n, …) log-probabilities of the student.
+    target : the same shape; probabilities of the teacher, or their logarithm with log_target=True.
+    reduction : "batchmean" (default) divides the sum by n, which is the true divergence; "mean" divides by the number
+        of elements, as PyTorch's default does; "sum"; "none" returns every element.
+    log_target : whether `target` holds log-probabilities.
+    return_grad, grad_out : as in `cross_entropy`, with respect to `input`.
+
+    Notes
+    -----
+    The gradient is -q: no gradient flows into `target`. An element with q = 0 is exactly 0, also where input is -inf
+    (PyTorch: NaN). Non-negativity and zero-sum gradients are promises of the losses that take logits, not of this one.
+
+    Raises
+    ------
+    ShapeError : the shapes differ or there are no elements.  ArgumentError : an unknown reduction.
+    """
+    where = "kl_div"
+    _choice(where, "reduction", reduction, ("batchmean", "mean", "sum", "none"))
+    shape = _array(input, where, "input").shape
+    if _array(target, where, "target").shape != shape:
+        got = f"shape {_array(target, where, 'target').shape}"
+        raise ShapeError(where, "target", expected=f"of input's shape {shape}", got=got)
+    if not shape or 0 in shape:
+        raise ShapeError(where, "input", expected="of shape (n, c) with n, c ≥ 1", got=f"shape {shape}")
+    rows = (shape[0], math.prod(shape[1:]))
+    if shape != rows:
+        input, target = (x.reshape(rows) if isinstance(x, Tensor) else np.reshape(x, rows) for x in (input, target))
+    result = _loss(where, (input, target), return_grad, grad_out, reduction=reduction, log_target=bool(log_target))
+    if shape == rows:
+        return result
+    if isinstance(result, tuple):
+        return result[0].reshape(shape) if reduction == "none" else result[0], result[1].reshape(shape)
+    return result.reshape(shape) if reduction == "none" else result
+
+
+def distillation_loss(
+    student_logits: Any,
+    teacher_logits: Any,
+    target: Any = None,
+    *,
+    temperature: float = 4.0,
+    hard_weight: float = 0.5,
+    soft_weight: float = 0.5,
+    reduction: str = "mean",
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    return_grad: bool = False,
+    grad_out: Any = None,
+) -> Any:
+    """hard_weight·CE(target, student) + soft_weight·T²·KL(softmax(teacher/T) ‖ softmax(student/T)).
+
+    The gradient of a row with respect to the student's logits is
+    hard_weight·(softmax(z_s) - y) + soft_weight·T·(p - q), with p and q the softened student and teacher.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : (n, c) raw scores. The teacher is a constant: no gradient flows into it.
+        A teacher known by its probabilities only is given as their logarithm; -inf is probability 0 at every T.
+    target : (n,) class ids, (n, c) class probabilities, or None for no hard term.
+    temperature : T > 0; 4 by default, the middle of the range 2.5 to 4 … 20 that Hinton et al. found useful.
+    hard_weight, soft_weight : the two weights, never derived from one another ("alpha" weights the hard term in some
+        toolkits and the soft term in others). A weight of 0 leaves its term out.
+    reduction : "mean" is the mean of the hard term over labelled rows plus the mean of the soft term over all rows;
+        "sum"; "none" returns (n,).
+    scale_t2 : multiply the soft term by T², which keeps the size of its gradient independent of T.
+    ignore_index : rows with this class id have no hard term and still feel the soft one.
+    label_smoothing : e in [0, 1], of the hard term.
+    return_grad, grad_out : as in `cross_entropy`, with respect to student_logits.
+
+    Raises
+    ------
+    ArgumentError : T ≤ 0, NaN or infinite; a class id outside 0 … c - 1; a weight that is not finite.
+    ShapeError : shapes do not fit, or n or c is 0.
+
+    Source: Hinton, Vinyals and Dean 2015, sec. 2 and 2.1.
+    """
+    where = "distillation_loss"
+    student, teacher = (
+        _rows_of_logits(where, name, x)
+        for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits))
+    )
+    if student.shape != teacher.shape:
+        expected, got = f"of the student's shape {student.shape}", f"shape {teacher.shape}"
+        raise ShapeError(where, "teacher_logits", expected=expected, got=got)
+    _choice(where, "reduction", reduction, ("mean", "sum", "none"))
+    scalars = [_temperature(where, temperature)]
+    scalars += [_finite(where, a, w) for a, w in (("hard_weight", hard_weight), ("soft_weight", soft_weight))]
+    smoothing = _smoothing(where, label_smoothing)
+    labels, soft = (None, False) if target is None else _row_targets(where, target, *student.shape)
+    _warn_of_probabilities(where, "student_logits", student)
+    _warn_of_probabilities(where, "teacher_logits", teacher)
+    teacher_logits = teacher if isinstance(teacher_logits, Tensor) else teacher_logits
+    attrs = {"reduction": reduction, "scale_t2": bool(scale_t2), "ignore_index": int(ignore_index)}
+    if soft and scalars[1]:
+        return _with_soft_target(student_logits, teacher_logits, labels, scalars, smoothing, attrs, return_grad, grad_out)
+    labels = None if soft else labels
+    inputs = (student_logits, teacher_logits, labels, *scalars)
+    return _loss(where, inputs, return_grad, grad_out, label_smoothing=smoothing, **attrs)
+
+
+def _with_soft_target(
+    student: Any, teacher: Any, target: Any, scalars: Sequence[float], smoothing: float,
+    attrs: dict[str, Any], return_grad: bool, grad_out: Any,
+) -> Any:  # fmt: skip
+    """Distillation with class probabilities as hard targets: the sum of the two losses, each by its own kernel."""
+    t, hard_weight, soft_weight = scalars
+    soft = _loss("distillation_loss", (student, teacher, None, t, 0.0, soft_weight), return_grad, grad_out, **attrs)
+    hard = _loss(
+        "soft_cross_entropy", (student, target, None), return_grad or grad_out is not None, None,
+        reduction=attrs["reduction"], label_smoothing=smoothing,
+    )  # fmt: skip
+    if not isinstance(soft, tuple):
+        return hard * hard_weight + soft
+    soft[1][...] += hard_weight * hard[1]
+    return hard_weight * hard[0] + soft[0], soft[1]
+
+
+# --- layers' functions ---
+
+
+def _unary(name: str, x: Any) -> Any:
+    return apply(name, x) if isinstance(x, Tensor) else execute(OPS[name], [x], {})[0][0]
+
+
+def relu(x: Any) -> Any:
+    """max(x, 0) element by element; any shape."""
+    return _unary("relu", x)
+
+
+def tanh(x: Any) -> Any:
+    """The hyperbolic tangent element by element; any shape."""
+    return _unary("tanh", x)
+
+
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + exp(-x)) element by element; any shape."""
+    return _unary("sigmoid", x)
+
+
+def gelu(x: Any) -> Any:
+    """x·Φ(x) element by element, with the exact Φ (PyTorch's default). Hendrycks and Gimpel 2016, eq. 1."""
+    return _unary("gelu", x)
+
+
+def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Any:
+    """f(x weightᵀ + bias): a matrix product, then bias and activation in one traversal.
+
+    Parameters
+    ----------
+    x : (n, k).  weight : (m, k).  bias : (m,) or None.
+    activation : None, "relu", "tanh", "sigmoid" or "gelu".
+
+    Returns
+    -------
+    (n, m)
+
+    Raises
+    ------
+    ShapeError : the shapes do not chain.  ArgumentError : an unknown activation.
+    """
+    if activation is not None:
+        _choice("linear", "activation", activation, tuple(ACTIVATIONS))
+    tensors = any(isinstance(v, Tensor) for v in (x, weight, bias))
+
+    def run(name: str, *inputs: Any) -> Any:
+        return apply(name, *inputs) if tensors else execute(OPS[name], inputs, {})[0][0]
+
+    product = run("linear", x, weight, None)
+    if bias is not None:
+        return run("bias_" + activation if activation else "bias", product, bias)
+    return run(activation, product) if activation else product
+
+
+def dropout(
+    x: Any, p: float = 0.5, *, training: bool = True, seed: int = 0, stream: int = 0, step: int = 0
+) -> Any:
+    """Set each element to 0 with probability p and scale the others by 1 / (1 - p).
+
+    The mask is a function of seed, stream (the layer's number), step and the element's position alone, so that every
+    backend and every repetition draws the same one.
+
+    Raises
+    ------
+    ArgumentError : p is not in [0, 1).
+
+    Source: Srivastava et al. 2014; the generator is Philox4x32-10, Salmon et al. 2011.
+    """
+    if not 0 <= p < 1:
+        raise ArgumentError("dropout", "p", expected="in [0, 1)", got=repr(p), fix="p is the share of elements dropped.")
+    if not training or p == 0:
+        return x
+    attrs = {"p": float(p), "seed": int(seed), "stream": int(stream)}
+    if isinstance(x, Tensor):
+        return apply("dropout", x, step, **attrs)
+    return execute(OPS["dropout"], [x, step], attrs)[0][0]

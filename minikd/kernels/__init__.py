@@ -1,0 +1,267 @@
+"""Backends: one table of fast kernels each, and the one place where a kernel is chosen and bound.
+
+A kernel is bound, then called: `bind` checks every buffer once and returns a call without arguments. A backend that
+has no kernel of a name falls through to the reference in `minikd.ops`, and `backends` says which those are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minikd.errors import BackendError, DTypeError, ShapeError
+from minikd.kernels.reference import bind_reference
+from minikd.ops import OPS, Argument, Op, Shape
+from minikd.ops.op import KINDS
+
+Call = Callable[[], None]
+Binder = Callable[..., Call]
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a backend's kernels are: a module with `unavailable()`, `NAMES` and `binder(name)`.
+
+    `requires` is the distribution that is looked for without importing it.
+    """
+
+    module: str
+    requires: str
+    extra: str
+
+    def missing(self) -> str:
+        """Why this backend cannot run here, or an empty text if it can."""
+        if self.requires and importlib.util.find_spec(self.requires) is None:
+            return f"the package {self.requires} is not installed: pip install 'minikd[{self.extra}]'"
+        return str(importlib.import_module(self.module).unavailable())
+
+
+# In the order in which the default is chosen. A new backend is one line here and one module.
+BACKENDS: dict[str, Backend] = {
+    "c": Backend("minikd.kernels.native", "", ""),
+    "numba": Backend("minikd.kernels.jit", "numba", "numba"),
+    "numpy": Backend("minikd.kernels.reference", "", ""),
+}
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What `minikd.backends()` says of one backend.
+
+    `reason` says why it is not available (empty if it is); `fallbacks` are the kernels that it takes from the NumPy
+    reference because it has no fast one of its own.
+    """
+
+    available: bool
+    default: bool
+    reason: str
+    fallbacks: tuple[str, ...]
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Every kernel there can be: each operation's name, and name + "_vjp" where it is differentiable."""
+    return tuple(n for op in OPS.values() for n in ([op.name, op.name + "_vjp"] if op.vjp else [op.name]))
+
+
+class _Chosen:
+    """The backend in use: the only state of this library that is not in an object of its user's."""
+
+    name: str = ""
+    bound: dict[str, Binder]
+
+
+_chosen = _Chosen()
+
+
+def use_backend(name: str) -> None:
+    """Compute with this backend from now on: "c", "numba" or "numpy".
+
+    Raises
+    ------
+    BackendError : the name is unknown, or the backend cannot run here (the message says why and how to mend it).
+    """
+    if name not in BACKENDS:
+        raise BackendError("use_backend", "name", expected="one of " + ", ".join(BACKENDS), got=repr(name))
+    reason = BACKENDS[name].missing()
+    if reason:
+        usable = [n for n in BACKENDS if not BACKENDS[n].missing()]
+        raise BackendError(
+            "use_backend", "name", expected=f"a backend that runs here ({', '.join(usable)})", got=repr(name), fix=reason
+        )
+    _chosen.name, _chosen.bound = name, {}
+
+
+def current_backend() -> str:
+    """The name of the backend in use; chosen at the first call from MINIKD_BACKEND, else the best that runs here."""
+    if not _chosen.name:
+        use_backend(os.environ.get("MINIKD_BACKEND") or next(n for n in BACKENDS if not BACKENDS[n].missing()))
+    return _chosen.name
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Each backend's name with what it can do here; imports neither Numba nor CuPy."""
+    current = current_backend()
+    found = {}
+    for name, backend in BACKENDS.items():
+        reason = backend.missing()
+        fast = set() if reason else set(importlib.import_module(backend.module).NAMES)
+        fallbacks = () if reason or name == "numpy" else tuple(k for k in kernel_names() if k not in fast)
+        found[name] = BackendStatus(not reason, name == current, reason, fallbacks)
+    return found
+
+
+def _binder(name: str) -> Binder:
+    """The chosen backend's binder of this kernel, else the reference's; looked up once."""
+    current = current_backend()
+    binder = _chosen.bound.get(name)
+    if binder is None:
+        module = importlib.import_module(BACKENDS[current].module)
+        binder = module.binder(name) if name in module.NAMES else bind_reference(name)
+        _chosen.bound[name] = binder
+    return binder
+
+
+def bind(name: str, *buffers: Any, **attrs: Any) -> Call:
+    """A call without arguments that runs kernel `name` on these buffers, which are checked here and never again.
+
+    Parameters
+    ----------
+    name : an operation's name, or that name with "_vjp".
+    buffers : outs (or updates), saved values, inputs; a vjp takes the gradients of the inputs and of the outputs
+        before them. C-contiguous arrays, or None where nothing is needed.
+    attrs : the operation's attributes; its defaults fill in the rest.
+
+    Raises
+    ------
+    DTypeError, ShapeError : a buffer is not what the signature says.
+    """
+    op, arguments = _arguments(name, len(buffers))
+    shapes = _check(op, arguments, buffers)
+    if not op.variadic:
+        op.sizes(arguments, shapes)
+    return _binder(name)(*buffers, **{**op.attrs, **attrs})
+
+
+def _arguments(name: str, count: int) -> tuple[Op, Sequence[Argument]]:
+    op = OPS[name.removesuffix("_vjp")]
+    arguments: Sequence[Argument] = op.buffers if name == op.name else op.vjp_buffers
+    if op.variadic:
+        arguments = tuple(op.inputs[0]._replace(optional=True) for _ in range(count))
+    if len(arguments) != count:
+        raise ShapeError(name, "buffers", expected=", ".join(a.name for a in arguments), got=f"{count} buffers")
+    return op, arguments
+
+
+def _check(op: Op, arguments: Sequence[Argument], buffers: Sequence[Any]) -> list[Shape | None]:
+    real = None
+    shapes: list[Shape | None] = []
+    for argument, buffer in zip(arguments, buffers, strict=True):
+        if buffer is None:
+            shapes.append(None)
+            continue
+        dtype = KINDS[argument.kind] or real
+        if dtype is None:
+            dtype = real = buffer.dtype if buffer.dtype in FLOATS else FLOATS[0]
+        if buffer.dtype != dtype:
+            raise DTypeError(op.name, argument.name, expected=f"an array of {dtype}", got=str(buffer.dtype))
+        if not buffer.flags.c_contiguous:
+            raise ShapeError(op.name, argument.name, expected="C-contiguous", got=f"strides {buffer.strides}")
+        shapes.append(buffer.shape)
+    return shapes
+
+
+# --- running one operation eagerly ---
+
+
+def input_arguments(op: Op, count: int) -> Sequence[Argument]:
+    """The declarations of an operation's inputs, one for each of `count` given."""
+    return [op.inputs[0]] * count if op.variadic else op.inputs
+
+
+def as_real(where: str, argument: str, value: Any) -> Any:
+    """`value` as a float32 or float64 array; float16, integers and booleans become float32.
+
+    Raises
+    ------
+    DTypeError : any other dtype (complex, object, text).
+    """
+    array = np.asarray(value)
+    if array.dtype in FLOATS:
+        return array
+    if array.dtype.kind in "iub" or array.dtype == np.float16:
+        return array.astype(np.float32)
+    expected = "an array of float16, float32, float64 or integers"
+    raise DTypeError(where, argument, expected=expected, got=str(array.dtype), fix="Convert it with .astype(float).")
+
+
+def as_index(where: str, argument: str, value: Any) -> Any:
+    """`value` as an int64 array; any integer dtype is accepted."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu":
+        fix = "Class ids are whole numbers; convert them with .astype(int)."
+        raise DTypeError(where, argument, expected="an array of integers", got=str(array.dtype), fix=fix)
+    return array.astype(np.int64, copy=False)
+
+
+_CONVERT: dict[str, Callable[[Op, Argument, Any], Any]] = {
+    "index": lambda op, a, value: as_index(op.name, a.name, value),
+    "counter": lambda op, a, value: as_index(op.name, a.name, value),
+    "scalar": lambda op, a, value: np.asarray(value, np.float64),
+}
+
+
+def prepare(op: Op, inputs: Sequence[Any], real: np.dtype[Any] | None = None) -> tuple[list[Any], np.dtype[Any]]:
+    """The inputs as contiguous arrays of the kinds that the signature names, and the operation's real dtype.
+
+    `real` decides between float32 and float64; without it the first differentiated (else the first real) input does.
+    """
+    arguments = input_arguments(op, len(inputs))
+    arrays = [
+        value if value is None else _CONVERT[a.kind](op, a, value) if a.kind != "real" else as_real(op.name, a.name, value)
+        for a, value in zip(arguments, inputs, strict=True)
+    ]
+    if real is None:
+        ranked = sorted(zip(arguments, arrays, strict=True), key=lambda pair: pair[0].name not in op.wrt)
+        real = next((x.dtype for a, x in ranked if a.kind == "real" and x is not None), FLOATS[0])
+    for k, (argument, array) in enumerate(zip(arguments, arrays, strict=True)):
+        if array is not None and argument.kind == "real":
+            array = array.astype(real, copy=False)
+        if array is not None and not array.flags.c_contiguous:
+            array = np.ascontiguousarray(array)
+        arrays[k] = array
+    return arrays, real
+
+
+def execute(
+    op: Op,
+    inputs: Sequence[Any],
+    attrs: dict[str, Any],
+    *,
+    save: bool = True,
+    gradient: Any = None,
+    real: np.dtype[Any] | None = None,
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Run one operation on arrays; returns its outputs, its saved values and its inputs as they were bound.
+
+    Parameters
+    ----------
+    save : False leaves out the saved values that are optional, and with them their work.
+    gradient : an array to be used as the (only) saved value instead of a fresh one.
+    """
+    arrays, real = prepare(op, inputs, real)
+    full = {**op.attrs, **attrs}
+    out_shapes, saved_shapes = op.infer([None if x is None else x.shape for x in arrays], full)
+    outs = [np.empty(shape, real) for shape in out_shapes]
+    saved = [
+        None if a.optional and not save else gradient if gradient is not None else np.empty(shape, real)
+        for a, shape in zip(op.saved, saved_shapes, strict=True)
+    ]
+    bind(op.name, *outs, *saved, *arrays, **full)()
+    return outs, saved, arrays

@@ -1,0 +1,387 @@
+"""Layers and networks, and the arena in which an optimizer keeps their parameters side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from minikd import functional as F
+from minikd.errors import ArgumentError, ShapeError
+from minikd.kernels import as_real
+from minikd.ops.elementwise import ACTIVATIONS
+from minikd.tape import no_grad
+from minikd.tensor import Tensor
+
+__all__ = ["GELU", "MLP", "Arena", "Dropout", "Linear", "Module", "ReLU", "Sequential", "Sigmoid", "Tanh", "initial_weights"]
+
+# Rows that predict and logits send through a network at a time: wide enough for BLAS, small enough for the cache.
+ROWS_AT_A_TIME = 4096
+
+
+class Arena:
+    """One flat array for the values of some parameters and one for their gradients.
+
+    The parameters become views of it, so that an optimizer's step is one pass over memory.
+
+    Parameters
+    ----------
+    parameters : tensors of one dtype that belong to no other arena.
+
+    Raises
+    ------
+    ArgumentError : a parameter already lives in another arena, comes twice, or there is none.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = tuple(parameters)
+        dtypes = {p.dtype for p in self.parameters}
+        if len(dtypes) != 1 or len({id(p) for p in self.parameters}) != len(self.parameters):
+            expected = "a list of different parameters of one dtype"
+            got = f"{len(self.parameters)} parameters of dtypes {sorted(str(d) for d in dtypes)}"
+            raise ArgumentError("Arena", "parameters", expected=expected, got=got)
+        if any(p.arena is not None for p in self.parameters):
+            raise _in_another_arena()
+        size = sum(p.size for p in self.parameters)
+        self.values = np.empty(size, dtypes.pop())
+        self.gradients = np.zeros_like(self.values)
+        start = 0
+        for p in self.parameters:
+            place = slice(start, start + p.size)
+            p.move_into(self, self.values[place].reshape(p.shape), self.gradients[place].reshape(p.shape))
+            start += p.size
+
+    @classmethod
+    def of(cls, parameters: Iterable[Tensor]) -> Arena:
+        """The arena of exactly these parameters: the one that they already share, else a new one."""
+        wanted = list(parameters)
+        arena = wanted[0].arena if wanted else None
+        if arena is not None and {id(p) for p in arena.parameters} == {id(p) for p in wanted}:
+            return arena
+        return cls(wanted)
+
+
+def _in_another_arena() -> ArgumentError:
+    return ArgumentError(
+        "Arena", "parameters", expected="parameters that no other optimizer holds", got="one that another arena holds",
+        fix="Give one optimizer all parameters that are trained together, or train a copy of the model.",
+    )  # fmt: skip
+
+
+def initial_weights(rng: np.random.Generator, outputs: int, inputs: int, activation: str | None, dtype: Any) -> np.ndarray:
+    """Weights (outputs, inputs) whose signal neither grows nor fades with depth.
+
+    He et al. 2015, eq. 10 (normal, variance 2 / inputs) in front of ReLU and GELU, which pass half of their input;
+    Glorot and Bengio 2010, eq. 16 (uniform, variance 2 / (inputs + outputs)) in front of anything else.
+    """
+    if activation in ("relu", "gelu"):
+        return rng.normal(0.0, math.sqrt(2.0 / inputs), (outputs, inputs)).astype(dtype)
+    limit = math.sqrt(6.0 / (inputs + outputs))
+    return rng.uniform(-limit, limit, (outputs, inputs)).astype(dtype)
+
+
+class Normalises(Protocol):
+    """What turns raw features into a network's inputs (minikd.data.Normalisation, for one)."""
+
+    def apply(self, x: Any) -> Any: ...
+
+
+class Module:
+    """A network or a part of one: tensors and other modules as attributes, and a forward function.
+
+    Attributes
+    ----------
+    training : whether dropout is active; `train()` and `eval()` switch it in all parts.
+    normalisation : applied by `predict`, `predict_proba` and `logits` (not by a plain call) if it is not None.
+    class_names : names of the classes, or None.
+    """
+
+    def __init__(self) -> None:
+        self.training = True
+        self.normalisation: Normalises | None = None
+        self.class_names: tuple[str, ...] | None = None
+
+    def forward(self, x: Any) -> Any:
+        """Compute the output; every kind of module has its own."""
+        raise TypeError(f"{type(self).__name__} has no forward function; give it one")
+
+    def __call__(self, x: Any, features: Sequence[str] = ()) -> Any:
+        """The output for inputs x (n, k), or with `features` the pair (output, {name: what that part put out})."""
+        if not features:
+            return self.forward(x)
+        known = dict(self.named_modules())
+        unknown = [name for name in features if name not in known]
+        if unknown:
+            expected = "names of parts: " + ", ".join(n for n in known if n)
+            raise ArgumentError("Module", "features", expected=expected, got=", ".join(unknown))
+        return self._forward_with_features(x, features)
+
+    def _forward_with_features(self, x: Any, features: Sequence[str]) -> Any:
+        raise ArgumentError("Module", "features", expected="asked of a Sequential", got=type(self).__name__)
+
+    # --- parts and parameters ---
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        """The direct parts with their names."""
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module (under the name "") and all parts, in order, with dotted names."""
+        yield prefix.rstrip("."), self
+        for name, child in self.children():
+            yield from child.named_modules(f"{prefix}{name}.")
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of all parts, in order, with dotted names; a shared one once."""
+        seen: set[int] = set()
+        for prefix, module in self.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor) and id(value) not in seen:
+                    seen.add(id(value))
+                    yield f"{prefix}.{name}".lstrip("."), value
+
+    def parameters(self) -> list[Tensor]:
+        """All tensors of all parts, in order."""
+        return [p for _, p in self.named_parameters()]
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers that training can change."""
+        return sum(p.size for p in self.parameters())
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """A copy of every parameter by name; layers lie as in a PyTorch Sequential ("0.weight" is (outputs, inputs))."""
+        return {name: p.array.copy() for name, p in self.named_parameters()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Write these values into the parameters, in place; nothing is written unless everything fits.
+
+        Raises
+        ------
+        ArgumentError : names are missing or unknown.  ShapeError : a shape differs.
+        """
+        own = dict(self.named_parameters())
+        if set(own) != set(state):
+            missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+            got = f"missing {missing or 'none'}, unknown {extra or 'none'}"
+            raise ArgumentError("load_state_dict", "state", expected="a value for each parameter", got=got)
+        values = {name: as_real("load_state_dict", name, v) for name, v in state.items()}
+        for name, value in values.items():
+            if value.shape != own[name].shape:
+                expected = f"of shape {own[name].shape}"
+                raise ShapeError("load_state_dict", name, expected=expected, got=f"shape {value.shape}")
+        with no_grad():
+            for name, value in values.items():
+                own[name][...] = value
+
+    # --- modes ---
+
+    def train(self, mode: bool = True) -> Module:
+        """Switch training behaviour (dropout) on or off in all parts; returns self."""
+        for _, module in self.named_modules():
+            module.training = mode
+        return self
+
+    def eval(self) -> Module:
+        """Switch training behaviour off; returns self."""
+        return self.train(False)
+
+    # --- use ---
+
+    def logits(self, x: Any) -> np.ndarray:
+        """Raw scores (n, c) of raw features x (n, k) or (k,): normalised first, without dropout or gradients."""
+        array = as_real("logits", "x", x.array if isinstance(x, Tensor) else x)
+        single = array.ndim == 1
+        rows = array[None] if single else array.reshape(len(array), -1) if array.size else array
+        was_training, parameters = self.training, self.parameters()
+        dtype = parameters[0].dtype if parameters else rows.dtype
+        pieces = []
+        with no_grad():
+            self.eval()
+            try:
+                for start in range(0, max(len(rows), 1), ROWS_AT_A_TIME):
+                    piece = rows[start : start + ROWS_AT_A_TIME]
+                    piece = self.normalisation.apply(piece) if self.normalisation is not None else piece
+                    pieces.append(self.forward(Tensor.of(np.ascontiguousarray(piece, dtype))).array)
+            finally:
+                self.train(was_training)
+        scores = np.concatenate(pieces)
+        return scores[0] if single else scores
+
+    def predict_proba(self, x: Any, temperature: float = 1.0) -> np.ndarray:
+        """Class probabilities (n, c) of raw features x (n, k)."""
+        return F.softmax(self.logits(x), temperature=temperature)
+
+    def predict(self, x: Any) -> np.ndarray:
+        """The most probable class id of each row of raw features x (n, k)."""
+        return self.logits(x).argmax(axis=-1)
+
+
+class Linear(Module):
+    """y = x wᵀ + b.
+
+    Parameters
+    ----------
+    inputs, outputs : sizes k and m.
+    bias : whether there is a b, which begins at 0.
+    seed : of the initial weights; a Generator is drawn from.
+    activation : what follows this layer; it only decides how large the first weights are (see `initial_weights`).
+    dtype : float32 or float64.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, *, seed: int | np.random.Generator = 0,
+                 activation: str | None = None, dtype: Any = np.float32) -> None:  # fmt: skip
+        super().__init__()
+        for name, size in (("inputs", inputs), ("outputs", outputs)):
+            if int(size) != size or size < 1:
+                raise ArgumentError("Linear", name, expected="a whole number from 1", got=repr(size))
+        rng = np.random.default_rng(seed)
+        self.weight = Tensor.of(initial_weights(rng, outputs, inputs, activation, dtype), requires_grad=True)
+        self.bias = Tensor.of(np.zeros(outputs, dtype), requires_grad=True) if bias else None
+
+    def forward(self, x: Any, activation: str | None = None) -> Any:
+        """The product, with bias and activation in one further pass; refuses x that is not (n, k)."""
+        shape = x.shape if hasattr(x, "shape") else np.shape(x)
+        if len(shape) != 2 or shape[1] != self.weight.shape[1]:
+            fix = "Flatten images to one row each."
+            raise ShapeError("Linear", "x", expected=f"of shape (n, {self.weight.shape[1]})", got=f"shape {shape}", fix=fix)
+        return F.linear(x, self.weight, self.bias, activation)
+
+
+class _Activation(Module):
+    """One of the activations of the table, as a layer."""
+
+    kind = ""
+
+    def forward(self, x: Any) -> Any:
+        return _ACTIVATION_FUNCTIONS[self.kind](x)
+
+
+class ReLU(_Activation):
+    """max(x, 0)."""
+
+    kind = "relu"
+
+
+class GELU(_Activation):
+    """x·Φ(x), Hendrycks and Gimpel 2016."""
+
+    kind = "gelu"
+
+
+class Tanh(_Activation):
+    """The hyperbolic tangent."""
+
+    kind = "tanh"
+
+
+class Sigmoid(_Activation):
+    """1 / (1 + exp(-x))."""
+
+    kind = "sigmoid"
+
+
+_ACTIVATION_FUNCTIONS: dict[str, Callable[[Any], Any]] = {name: getattr(F, name) for name in ACTIVATIONS}
+ACTIVATION_LAYERS: dict[str, type[_Activation]] = {c.kind: c for c in (ReLU, GELU, Tanh, Sigmoid)}
+
+
+class Dropout(Module):
+    """In training, sets elements to 0 with probability p and scales the others by 1 / (1 - p).
+
+    Parameters
+    ----------
+    p : share of elements dropped.
+    seed, stream : with the number of training passes so far they decide the mask; give each layer its own stream.
+    """
+
+    def __init__(self, p: float = 0.5, *, seed: int = 0, stream: int = 0) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ArgumentError("Dropout", "p", expected="in [0, 1)", got=repr(p))
+        self.p, self.seed, self.stream, self.step = float(p), int(seed), int(stream), 0
+
+    def forward(self, x: Any) -> Any:
+        if not self.training or self.p == 0:
+            return x
+        self.step += 1
+        return F.dropout(x, self.p, seed=self.seed, stream=self.stream, step=self.step)
+
+
+class Sequential(Module):
+    """Modules one after the other. A Linear followed by an activation runs as one product and one fused pass."""
+
+    def __init__(self, *layers: Module) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        return ((str(k), layer) for k, layer in enumerate(self.layers))
+
+    def forward(self, x: Any) -> Any:
+        return self._run(x, ())[0]
+
+    def _forward_with_features(self, x: Any, features: Sequence[str]) -> Any:
+        return self._run(x, features)
+
+    def _run(self, x: Any, features: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+        found: dict[str, Any] = {}
+        k = 0
+        while k < len(self.layers):
+            layer, following = self.layers[k], self.layers[k + 1] if k + 1 < len(self.layers) else None
+            if isinstance(layer, Linear) and isinstance(following, _Activation) and str(k) not in features:
+                x = layer.forward(x, following.kind)
+                k += 1
+            else:
+                inner = [f.split(".", 1)[1] for f in features if f.startswith(f"{k}.")]
+                if inner:
+                    x, parts = layer(x, features=inner)
+                    found.update({f"{k}.{name}": value for name, value in parts.items()})
+                else:
+                    x = layer(x)
+            if str(k) in features:
+                found[str(k)] = x
+            k += 1
+        return x, found
+
+
+class MLP(Sequential):
+    """A multi-layer perceptron that puts out logits.
+
+    Parameters
+    ----------
+    sizes : inputs, hidden layers, classes: [784, 800, 800, 10].
+    activation : "relu", "gelu", "tanh" or "sigmoid", after each hidden layer.
+    dropout : probability of dropping a hidden unit in training; 0 leaves the dropout layers out.
+    input_dropout : the same for the inputs (Hinton et al. 2012 drop 0.2 of the pixels).
+    seed : of the initial weights and the dropout masks; the same seed gives the same network.
+    dtype : float32 or float64.
+    """
+
+    def __init__(self, sizes: Sequence[int], activation: str = "relu", dropout: float = 0.0, seed: int = 0, *,
+                 input_dropout: float = 0.0, dtype: Any = np.float32) -> None:  # fmt: skip
+        if len(sizes) < 2 or any(int(s) != s or s < 1 for s in sizes):
+            expected = "at least an input and an output size, each from 1"
+            raise ArgumentError("MLP", "sizes", expected=expected, got=str(list(sizes)))
+        if activation not in ACTIVATIONS:
+            raise ArgumentError("MLP", "activation", expected="one of " + ", ".join(ACTIVATIONS), got=repr(activation))
+        rng = np.random.default_rng(seed)
+        layers: list[Module] = []
+
+        def add_dropout(p: float) -> None:
+            if p:
+                layers.append(Dropout(p, seed=seed, stream=len(layers)))
+
+        add_dropout(input_dropout)
+        for k, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+            last = k == len(sizes) - 2
+            layers.append(Linear(inputs, outputs, seed=rng, activation=None if last else activation, dtype=dtype))
+            if not last:
+                layers.append(ACTIVATION_LAYERS[activation]())
+                add_dropout(dropout)
+        super().__init__(*layers)
+        self.sizes, self.activation = tuple(int(s) for s in sizes), activation
+        self.dropout, self.input_dropout, self.seed = float(dropout), float(input_dropout), int(seed)

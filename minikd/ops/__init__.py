@@ -1,0 +1,12 @@
+"""The one table of operations: name, formula, signature, reference forward and vjp, sample inputs.
+
+`OPS` maps each name to its `Op`. To add an operation, register one in the module of its subject; it is then
+differentiated, tested on every backend and documented, because all of these walk the table.
+"""
+
+from minikd.ops import elementwise, linear, losses, random, reductions, rows, shapes, updates
+from minikd.ops.op import OPS, Argument, Op, Shape
+
+__all__ = ["OPS", "Argument", "Op", "Shape"]
+
+_SUBJECTS = (elementwise, shapes, reductions, linear, rows, losses, random, updates)

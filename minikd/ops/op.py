@@ -1,0 +1,214 @@
+"""What an operation is: everything that is known about one, in one place.
+
+An `Op` carries its formula, its signature, its reference forward and vjp, and sample inputs. Backends, the tape,
+the tests and the docs all walk the same table, so adding an operation is one block in this package.
+
+Signatures are written as text and read once::
+
+    "x(n, k), w(m, k), b?(m) -> y(n, m)"
+    "logits(n, c), target:index(n), weight?(c) -> loss(*); gradient?(n, c)"
+    "g(k), lr:scalar -> w!(k), v!?(k)"
+
+Inputs stand before the arrow, outputs behind it, values saved for backward behind the semicolon.
+``?`` marks a buffer that may be None, ``!`` one that is read and written (optimizer state), ``*`` in front of a name
+any number of inputs. The kind behind the colon is `real` where none is given: the operation's float32 or float64;
+`index` is int64, `scalar` a 0-d float64 and `counter` a 0-d int64. Dimensions with the same letter are equal;
+``(...)`` is any shape, the same wherever it stands; ``(*)`` is worked out by the operation's `shape` function.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minikd.errors import ShapeError
+
+Shape = tuple[int, ...]
+Example = tuple[list[Any], dict[str, Any]]
+
+# The dtype of each kind of buffer; a real buffer has the dtype of the whole operation.
+KINDS: dict[str, np.dtype[Any] | None] = {
+    "real": None,
+    "index": np.dtype(np.int64),
+    "scalar": np.dtype(np.float64),
+    "counter": np.dtype(np.int64),
+}
+
+
+class Argument(NamedTuple):
+    """One buffer of an operation, as its signature declares it."""
+
+    name: str
+    kind: str
+    dims: tuple[str, ...]
+    optional: bool
+    updated: bool
+    variadic: bool
+
+
+_ARGUMENT = re.compile(r"(\*?)(\w+)(!?)(\??)(?::(\w+))?(?:\(([^)]*)\))?")
+
+
+def _parse(text: str) -> tuple[Argument, ...]:
+    found = []
+    for star, name, bang, optional, kind, dims in _ARGUMENT.findall(text):
+        letters = tuple(part.strip() for part in dims.split(",") if part.strip())
+        found.append(Argument(name, kind or "real", letters, bool(optional), bool(bang), bool(star)))
+    return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One operation: its mathematics, its buffers and its sample inputs.
+
+    Parameters
+    ----------
+    name : what users, kernels in every language and error messages call it.
+    formula : the forward line and the gradient line, as a person would write them on paper.
+    signature : the buffers, in the order in which every backend takes them (see the module's docstring).
+    forward : ``forward(xp, *outs, *saved, *inputs, **attrs)``; writes into outs and saved, returns nothing.
+        `xp` is the array module, NumPy or CuPy.
+    vjp : ``vjp(xp, *dins, *douts, *outs, *saved, *inputs, **attrs)``; a gradient that nobody needs is None.
+        None for operations that are not differentiable on purpose.
+    wrt : the inputs that take a gradient, in the order of `dins`.
+    vjp_reads : the outs, saved values and inputs that vjp looks at; all others come as None.
+    may_alias : the inputs whose memory the first output may reuse, because forward reads an element before it
+        writes it and backward does not want it back.
+    attrs : attributes with their defaults; they fix what the kernel does and never change between two calls of it.
+    shape : ``shape(input_shapes, attrs) -> out shapes`` where letters cannot say it.
+    example : ``example(rng, dtype) -> [(inputs, attrs), …]``, legal inputs, the awkward ones among them.
+    analytic : forward also accepts complex arrays, so that a complex step gives its derivative to full precision.
+    source : where the formula is from.
+    """
+
+    name: str
+    formula: str
+    signature: str
+    forward: Callable[..., None]
+    example: Callable[[np.random.Generator, Any], list[Example]]
+    vjp: Callable[..., None] | None = None
+    wrt: tuple[str, ...] = ()
+    vjp_reads: tuple[str, ...] = ()
+    may_alias: tuple[str, ...] = ()
+    attrs: dict[str, Any] = field(default_factory=dict)
+    shape: Callable[[Sequence[Shape | None], dict[str, Any]], Iterable[Shape]] | None = None
+    analytic: bool = False
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        left, right = self.signature.split("->")
+        outs, _, saved = right.partition(";")
+        written = _parse(outs)
+        parsed: dict[str, Any] = {
+            "inputs": _parse(left),
+            "outs": tuple(a for a in written if not a.updated),
+            "updates": tuple(a for a in written if a.updated),
+            "saved": _parse(saved),
+        }
+        every = (*written, *parsed["saved"], *parsed["inputs"])
+        letters = [d for a in (*parsed["inputs"], *written) for d in a.dims if d != "*"]
+        parsed["buffers"] = every
+        parsed["variadic"] = any(a.variadic for a in every)
+        parsed["letters"] = tuple(dict.fromkeys(letters))
+        for name, value in parsed.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "vjp_buffers", self._gradient_arguments() + every)
+
+    inputs: tuple[Argument, ...] = field(init=False)
+    outs: tuple[Argument, ...] = field(init=False)
+    updates: tuple[Argument, ...] = field(init=False)
+    saved: tuple[Argument, ...] = field(init=False)
+    buffers: tuple[Argument, ...] = field(init=False)  # outs or updates, saved, inputs: of every forward kernel
+    vjp_buffers: tuple[Argument, ...] = field(init=False)  # dins, douts, outs, saved, inputs: of every vjp kernel
+    letters: tuple[str, ...] = field(init=False)  # the sizes a kernel is given, in order of first appearance
+    variadic: bool = field(init=False)
+
+    def _gradient_arguments(self) -> tuple[Argument, ...]:
+        if self.vjp is None:
+            return ()
+        by_name = {a.name: a for a in self.inputs}
+        dins = tuple(by_name[name]._replace(name="d" + name, optional=True) for name in self.wrt)
+        return dins + tuple(a._replace(name="d" + a.name) for a in self.outs)
+
+    @property
+    def needs_classes(self) -> bool:
+        """Whether the operation works on rows of classes, which must not be empty."""
+        return "c" in self.letters
+
+    def sizes(self, arguments: Sequence[Argument], shapes: Sequence[Shape | None]) -> dict[str, int]:
+        """The value of each dimension letter, or a ShapeError that names the two arguments that disagree."""
+        sizes: dict[str, int] = {}
+        whole: Shape | None = None
+        for argument, shape in zip(arguments, shapes, strict=True):
+            if shape is None or argument.dims == ("*",):
+                continue
+            if argument.dims == ("...",):
+                if whole is not None and shape != whole:
+                    raise self._shape_error(argument, f"of shape {whole}, like the arguments before it", shape)
+                whole = shape
+                sizes["..."] = math.prod(shape)
+                continue
+            if len(shape) != len(argument.dims):
+                raise self._shape_error(argument, f"of shape ({', '.join(argument.dims)})", shape)
+            for letter, size in zip(argument.dims, shape, strict=True):
+                if sizes.setdefault(letter, size) != size:
+                    expected = f"of shape ({', '.join(argument.dims)}) with {letter} = {sizes[letter]}"
+                    raise self._shape_error(argument, expected, shape)
+        if self.needs_classes and min(sizes.values(), default=1) < 1:
+            raise ShapeError(
+                self.name,
+                self.inputs[0].name,
+                expected="an array with at least one row and one class",
+                got=f"n = {sizes.get('n')}, c = {sizes.get('c')}",
+                fix="Leave out the call for an empty batch.",
+            )
+        return sizes
+
+    def _shape_error(self, argument: Argument, expected: str, shape: Shape) -> ShapeError:
+        fix = f"The operation is {self.name}: {self.signature}"
+        return ShapeError(self.name, argument.name, expected=expected, got=f"shape {shape}", fix=fix)
+
+    def infer(self, shapes: Sequence[Shape | None], attrs: dict[str, Any]) -> tuple[list[Shape], list[Shape]]:
+        """Shapes of the outputs and of the saved values for inputs of these shapes."""
+        arguments = [self.inputs[0]] * len(shapes) if self.variadic else self.inputs
+        sizes = self.sizes(arguments, shapes)
+        worked_out = iter(self.shape(shapes, attrs)) if self.shape else iter(())
+        same = next((s for a, s in zip(arguments, shapes, strict=True) if a.dims == ("...",) and s is not None), ())
+
+        def fill(argument: Argument) -> Shape:
+            if argument.dims == ("*",):
+                return next(worked_out)
+            return same if argument.dims == ("...",) else tuple(sizes[d] for d in argument.dims)
+
+        return [fill(a) for a in self.outs], [fill(a) for a in self.saved]
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    """Add an operation to the table; a name is given once."""
+    if op.name in OPS:
+        raise ValueError(f"the table already has an operation named {op.name!r}")
+    OPS[op.name] = op
+    return op
+
+
+def gradients(*rules: Callable[..., Any]) -> Callable[..., None]:
+    """A vjp made of one expression for each differentiated input, in the order of `wrt`.
+
+    Each rule is ``rule(xp, *douts, *outs, *saved, *inputs, **attrs)`` and returns that input's gradient;
+    rules whose gradient nobody needs are not run.
+    """
+
+    def vjp(xp: Any, *buffers: Any, **attrs: Any) -> None:
+        for din, rule in zip(buffers, rules, strict=False):
+            if din is not None:
+                din[...] = rule(xp, *buffers[len(rules) :], **attrs)
+
+    return vjp

@@ -1,0 +1,183 @@
+"""The tape: operations in the order in which they ran, and the walk backwards over them.
+
+A list in execution order is already a valid order for backward when it is reversed: nothing is sorted and nothing
+recurses. The tape itself holds its nodes weakly; a node lives as long as a tensor that came out of it, so a graph that
+nobody keeps disappears even if backward is never called.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minikd.errors import DTypeError, ShapeError, TapeError
+from minikd.kernels import bind, execute, input_arguments
+from minikd.ops import OPS, Op
+
+if TYPE_CHECKING:
+    from minikd.tensor import Tensor
+
+# Dead nodes are swept when the tape has grown to this many entries, then whenever it has doubled since.
+SWEEP_AT = 1024
+
+
+class Node:
+    """One operation that ran: what it read and wrote, as far as its vjp wants them back."""
+
+    __slots__ = ("__weakref__", "attrs", "inputs", "needs", "op", "out", "parents", "saved", "versions")
+
+    def __init__(self, op: Op, parents: Sequence[Tensor | None], arrays: Sequence[Any], outs: Sequence[Any],
+                 saved: Sequence[Any], attrs: dict[str, Any]) -> None:  # fmt: skip
+        arguments, reads = input_arguments(op, len(arrays)), op.vjp_reads
+        self.op, self.attrs = op, attrs
+        self.parents: Sequence[Tensor | None] | None = parents
+        self.needs = [a.name in op.wrt and p is not None and p.requires_grad for a, p in zip(arguments, parents, strict=True)]
+        self.inputs = [x if a.name in reads else None for a, x in zip(arguments, arrays, strict=True)]
+        self.saved = [x if a.name in reads else None for a, x in zip(op.saved, saved, strict=True)]
+        self.out = outs[0] if op.outs[0].name in reads else None
+        self.versions = [p.version if p is not None and x is not None else 0 for p, x in zip(parents, self.inputs, strict=True)]
+
+    def backward(self, dout: Any) -> Iterator[tuple[Tensor, Any]]:
+        """The gradients of the inputs that need one. A first gradient is written straight into its place if it has one."""
+        assert self.parents is not None
+        self._check_versions()
+        targets = [p if need else None for p, need in zip(self.parents, self.needs, strict=True)]
+        wanted = [t for t, a in zip(targets, input_arguments(self.op, len(targets)), strict=True) if a.name in self.op.wrt]
+        dins = [None if t is None else _gradient_buffer(t, wanted[:k]) for k, t in enumerate(wanted)]
+        bind(self.op.name + "_vjp", *dins, dout, self.out, *self.saved, *self.inputs, **self.attrs)()
+        return ((t, d) for t, d in zip(wanted, dins, strict=True) if t is not None)
+
+    def _check_versions(self) -> None:
+        assert self.parents is not None
+        for parent, array, version in zip(self.parents, self.inputs, self.versions, strict=True):
+            if parent is not None and array is not None and parent.version != version:
+                raise TapeError(
+                    "backward", f"an input of {self.op.name}", expected="unchanged since the forward pass",
+                    got=f"a tensor of shape {parent.shape} that was changed in place {parent.version - version} time(s)",
+                    fix="Call backward before the optimizer's step or before writing into the tensor.",
+                )  # fmt: skip
+
+    def release(self) -> None:
+        """Give back every buffer: this node's gradient has been taken."""
+        self.parents = None
+        self.inputs, self.saved, self.out = [], [], None
+
+
+def _gradient_buffer(tensor: Tensor, before: Sequence[Tensor | None]) -> Any:
+    """A leaf's own place for its first gradient; a fresh buffer where it has none or the same call already writes it."""
+    place = None if any(tensor is other for other in before) else tensor.gradient_place()
+    return np.empty(tensor.shape, tensor.dtype) if place is None else place
+
+
+class _Tape(threading.local):
+    """Each thread records on a tape of its own."""
+
+    def __init__(self) -> None:
+        self.nodes: list[weakref.ref[Node]] = []
+        self.recording = True
+        self.sweep_at = SWEEP_AT
+
+    def append(self, node: Node) -> None:
+        if len(self.nodes) >= self.sweep_at:
+            self.nodes = [ref for ref in self.nodes if ref() is not None]
+            self.sweep_at = max(SWEEP_AT, 2 * len(self.nodes))
+        self.nodes.append(weakref.ref(node))
+
+
+_tape = _Tape()
+
+
+def is_recording() -> bool:
+    """Whether operations are being recorded for backward in this thread."""
+    return _tape.recording
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """Inside, nothing is recorded: results need no gradient and no memory is kept for backward."""
+    before, _tape.recording = _tape.recording, False
+    try:
+        yield
+    finally:
+        _tape.recording = before
+
+
+def record(name: str, inputs: Sequence[Any], make: Any, **attrs: Any) -> Tensor:
+    """Run an operation on tensors and arrays, note it on the tape if a gradient can be asked for, return its output.
+
+    Parameters
+    ----------
+    name : an operation of the table with one output.
+    inputs : tensors, arrays or None, in the order of the signature.
+    make : ``make(array, requires_grad, node)``, which builds the output tensor.
+    attrs : the operation's attributes.
+    """
+    op = OPS[name]
+    parents = [x if hasattr(x, "requires_grad") else None for x in inputs]
+    arguments = input_arguments(op, len(inputs))
+    differentiated = [p for a, p in zip(arguments, parents, strict=True) if p is not None and p.requires_grad and a.name in op.wrt]
+    tracked = _tape.recording and bool(differentiated)
+    real = differentiated[0].dtype if differentiated else None
+    for p in differentiated:
+        if p.dtype != real:
+            fix = "Create all tensors that take a gradient with one dtype."
+            raise DTypeError(name, "the inputs", expected=f"of one dtype ({real})", got=str(p.dtype), fix=fix)
+    values = [x if p is None else p.array for x, p in zip(inputs, parents, strict=True)]
+    outs, saved, arrays = execute(op, values, attrs, save=tracked, real=real)
+    node = None
+    if tracked:
+        node = Node(op, parents, arrays, outs, saved, attrs)
+        _tape.append(node)
+    return make(outs[0], tracked, node)
+
+
+def backward(root: Node, dout: Any, retain_graph: bool) -> None:
+    """Walk the tape backwards from `root`, writing each leaf's first gradient and adding the later ones."""
+    if root.parents is None:
+        raise TapeError(
+            "backward", "the loss", expected="one whose graph still exists", got="a graph that backward already used",
+            fix="Run the forward pass again, or keep the graph with backward(retain_graph=True).",
+        )  # fmt: skip
+    pending: dict[int, Any] = {id(root): dout}
+    used: list[Node] = []
+    for ref in reversed(_tape.nodes):
+        node = ref()
+        if node is None or id(node) not in pending:
+            continue
+        for tensor, gradient in node.backward(pending.pop(id(node))):
+            if tensor.node is None:
+                tensor.take_gradient(gradient)
+            elif id(tensor.node) in pending:
+                bind("add_into", pending[id(tensor.node)], gradient)()
+            else:
+                pending[id(tensor.node)] = gradient
+        used.append(node)
+        if not pending:
+            break
+    if pending:
+        raise TapeError(
+            "backward", "the loss", expected="one that this thread computed", got="a graph that is not on this tape",
+            fix="Call backward in the thread that ran the forward pass.",
+        )  # fmt: skip
+    if not retain_graph:
+        for node in used:
+            node.release()
+        _tape.nodes = [ref for ref in _tape.nodes if (node := ref()) is not None and node.parents is not None]
+
+
+def seed_gradient(shape: tuple[int, ...], dtype: Any, gradient: Any) -> Any:
+    """The upstream gradient that backward starts from: 1 for a scalar, else what the caller gives."""
+    if gradient is None:
+        if shape != ():
+            fix = "Reduce it first (.sum() or .mean()), or pass gradient=…"
+            raise ShapeError("backward", "the tensor", expected="a scalar", got=f"shape {shape}", fix=fix)
+        return np.ones((), dtype)
+    gradient = np.ascontiguousarray(np.asarray(gradient, dtype))
+    if gradient.shape != shape:
+        raise ShapeError("backward", "gradient", expected=f"of shape {shape}", got=f"shape {gradient.shape}")
+    return gradient

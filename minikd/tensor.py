@@ -1,0 +1,343 @@
+"""`Tensor`: an array, its gradient, its place on the tape, and the operators a person expects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from minikd import tape
+from minikd.errors import ArgumentError, ShapeError, TapeError
+from minikd.kernels import as_real, bind
+
+Axis = int | tuple[int, ...] | None
+
+
+class Tensor:
+    """A float32 or float64 array that remembers how it was computed.
+
+    Parameters
+    ----------
+    data : anything NumPy can make an array of; copied, so that later writes to the source change nothing here.
+        float32 and float64 stay, float16 and integers become float32, Python numbers NumPy's float64.
+    requires_grad : whether `backward` shall leave a gradient here.
+
+    Attributes
+    ----------
+    grad : None before `backward`, then a tensor of the same shape. Later backward passes add to it, until `zero_grad`.
+
+    Raises
+    ------
+    DTypeError : data is complex, object or text.
+    """
+
+    __slots__ = ("__weakref__", "_grad", "_place", "arena", "array", "node", "requires_grad", "version")
+    __array_priority__ = 100.0  # array @ tensor calls Tensor.__rmatmul__
+
+    def __init__(self, data: Any, requires_grad: bool = False) -> None:
+        value = data.array if isinstance(data, Tensor) else as_real("Tensor", "data", data)
+        self._fill(np.array(value, order="C", copy=True), bool(requires_grad), None)
+
+    def _fill(self, array: Any, requires_grad: bool, node: tape.Node | None) -> None:
+        self.array, self.requires_grad, self.node = array, requires_grad, node
+        self.version = 0
+        self._grad: Any = None
+        self._place: Any = None
+        self.arena: Any = None  # the flat array that an optimizer moved this parameter into
+
+    @classmethod
+    def of(cls, array: Any, requires_grad: bool = False, node: tape.Node | None = None) -> Tensor:
+        """A tensor around this very array, without a copy: for results, batches and views of an arena."""
+        tensor = cls.__new__(cls)
+        tensor._fill(array, requires_grad, node)
+        return tensor
+
+    # --- what it holds ---
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.dtype
+
+    @property
+    def ndim(self) -> int:
+        return int(self.array.ndim)
+
+    @property
+    def size(self) -> int:
+        return int(self.array.size)
+
+    @property
+    def grad(self) -> Tensor | None:
+        return None if self._grad is None else Tensor.of(self._grad)
+
+    def numpy(self) -> np.ndarray:
+        """The values as a read-only view: a write past the tape could silently falsify a gradient (copy to write)."""
+        view = self.array.view()
+        view.flags.writeable = False
+        return view
+
+    def item(self) -> float:
+        """The only element as a Python number."""
+        return self.array.item()
+
+    def detach(self) -> Tensor:
+        """The same values without a history; no gradient flows through it."""
+        return Tensor.of(self.array)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.array, dtype=dtype, copy=copy) if copy else np.asarray(self.numpy(), dtype=dtype)
+
+    def __repr__(self) -> str:
+        text = np.array2string(self.array, separator=", ", prefix="Tensor(")
+        return f"Tensor({text}, dtype={self.dtype}{', requires_grad=True' if self.requires_grad else ''})"
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __float__(self) -> float:
+        return float(self.array)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Rows by slice or by a list of row numbers, recorded as `take`; anything else only without a gradient."""
+        if not (self.requires_grad and tape.is_recording()):
+            return self.numpy()[key]
+        rows = np.arange(len(self))[key] if isinstance(key, slice | list | np.ndarray) else None
+        if rows is None or rows.ndim != 1:
+            raise TapeError(
+                "Tensor", "an index", expected="a slice or a list of rows", got=repr(key),
+                fix="Views are not recorded: use x.numpy()[…] for values, or reshape, take and sum for gradients.",
+            )  # fmt: skip
+        return self.take(rows)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if self.node is not None or (self.requires_grad and tape.is_recording()):
+            raise TapeError(
+                "Tensor", "the target of an assignment", expected="a tensor without a history, inside no_grad()",
+                got=f"a tensor of shape {self.shape} that takes part in gradients",
+                fix="Wrap the assignment in `with kd.no_grad():`, or compute a new tensor instead.",
+            )  # fmt: skip
+        self.array[key] = value.array if isinstance(value, Tensor) else value
+        self.changed_in_place()
+
+    # --- gradients ---
+
+    def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
+        """Leave in every leaf that this value was computed from its gradient, added to what is there.
+
+        Parameters
+        ----------
+        gradient : the gradient of the final scalar with respect to this tensor; 1 for a scalar.
+        retain_graph : keep what was recorded, so that backward can run once more.
+
+        Raises
+        ------
+        TapeError : nothing was recorded, backward already used the graph, or an input was changed in place since.
+        ShapeError : this is no scalar and no gradient was given.
+        """
+        if not self.requires_grad:
+            raise TapeError(
+                "backward", "the tensor", expected="computed from a tensor with requires_grad=True", got="one without a history",
+                fix="Create the parameters with requires_grad=True, and compute outside no_grad().",
+            )  # fmt: skip
+        seed = tape.seed_gradient(self.shape, self.dtype, gradient)
+        if self.node is None:
+            self.take_gradient(seed.copy())
+        else:
+            tape.backward(self.node, seed, retain_graph)
+
+    def zero_grad(self) -> None:
+        """Forget the gradient; the next backward writes a fresh one."""
+        self._grad = None
+
+    def move_into(self, arena: Any, values: Any, gradients: Any) -> None:
+        """Live in these views of an arena from now on: the values here, each gradient there."""
+        values[...] = self.array
+        self.arena, self.array, self._place = arena, values, gradients
+        if self._grad is not None:
+            gradients[...] = self._grad
+            self._grad = gradients
+
+    def gradient_place(self) -> Any:
+        """Where the first gradient of a leaf is written, or None if it needs a buffer of its own."""
+        return self._place if self.node is None and self._grad is None else None
+
+    def take_gradient(self, gradient: Any) -> None:
+        """Keep a leaf's first gradient, or add a later one to it."""
+        if self._grad is not None:
+            bind("add_into", self._grad, gradient)()
+        else:
+            if self._place is not None and gradient is not self._place:
+                self._place[...] = gradient
+            self._grad = gradient if self._place is None else self._place
+
+    def changed_in_place(self) -> None:
+        """Say that the values were written to, so that a backward pass that read the old ones is refused."""
+        self.version += 1
+
+    # --- operators ---
+
+    def __add__(self, other: Any) -> Tensor:
+        return _pairwise("add", self, other)
+
+    def __radd__(self, other: Any) -> Tensor:
+        return _pairwise("add", other, self)
+
+    def __sub__(self, other: Any) -> Tensor:
+        return _pairwise("sub", self, other)
+
+    def __rsub__(self, other: Any) -> Tensor:
+        return _pairwise("sub", other, self)
+
+    def __mul__(self, other: Any) -> Tensor:
+        return _pairwise("mul", self, other)
+
+    def __rmul__(self, other: Any) -> Tensor:
+        return _pairwise("mul", other, self)
+
+    def __truediv__(self, other: Any) -> Tensor:
+        return _pairwise("div", self, other)
+
+    def __rtruediv__(self, other: Any) -> Tensor:
+        return _pairwise("div", other, self)
+
+    def __pow__(self, other: Any) -> Tensor:
+        return _pairwise("pow", self, other)
+
+    def __rpow__(self, other: Any) -> Tensor:
+        return _pairwise("pow", other, self)
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return matmul(self, other)
+
+    def __rmatmul__(self, other: Any) -> Tensor:
+        return matmul(other, self)
+
+    def __neg__(self) -> Tensor:
+        return apply("neg", self)
+
+    def __abs__(self) -> Tensor:
+        return apply("abs", self)
+
+    def abs(self) -> Tensor:
+        """|x| element by element."""
+        return apply("abs", self)
+
+    def exp(self) -> Tensor:
+        """e to the power of each element."""
+        return apply("exp", self)
+
+    def log(self) -> Tensor:
+        """The natural logarithm of each element; NaN below 0, -inf at 0."""
+        return apply("log", self)
+
+    def relu(self) -> Tensor:
+        """max(x, 0) element by element."""
+        return apply("relu", self)
+
+    def tanh(self) -> Tensor:
+        """The hyperbolic tangent of each element."""
+        return apply("tanh", self)
+
+    def sigmoid(self) -> Tensor:
+        """1 / (1 + exp(-x)) element by element."""
+        return apply("sigmoid", self)
+
+    def gelu(self) -> Tensor:
+        """x·Φ(x) element by element, with the exact Φ."""
+        return apply("gelu", self)
+
+    def maximum(self, other: Any) -> Tensor:
+        """The larger of two values, element by element."""
+        return _pairwise("maximum", self, other)
+
+    def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
+        """Sum over these axes (over all by default)."""
+        return apply("sum", self, axis=axis, keepdims=keepdims)
+
+    def mean(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
+        """Mean over these axes (over all by default)."""
+        return apply("mean", self, axis=axis, keepdims=keepdims)
+
+    def max(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
+        """Largest element over these axes (over all by default); ties share the gradient equally."""
+        return apply("max", self, axis=axis, keepdims=keepdims)
+
+    def reshape(self, *shape: Any) -> Tensor:
+        """The same elements in another shape; one size may be -1."""
+        sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
+        return apply("reshape", self, shape=tuple(int(s) for s in sizes))
+
+    def transpose(self, *axes: Any) -> Tensor:
+        """The axes in another order (reversed by default)."""
+        order = axes[0] if len(axes) == 1 and isinstance(axes[0], Sequence) else axes
+        return apply("transpose", self, axes=tuple(int(a) for a in order) or None)
+
+    @property
+    def T(self) -> Tensor:
+        return self.transpose()
+
+    def take(self, rows: Any) -> Tensor:
+        """These rows, in this order; a row may come more than once."""
+        return take(self, rows)
+
+
+def apply(name: str, *inputs: Any, **attrs: Any) -> Tensor:
+    """Run an operation of the table on tensors and arrays and record it."""
+    return tape.record(name, inputs, Tensor.of, **attrs)
+
+
+def _pairwise(name: str, a: Any, b: Any) -> Tensor:
+    """A binary operation after broadcasting; a number or array beside a tensor takes the tensor's dtype."""
+    dtype = next((x.dtype for x in (a, b) if isinstance(x, Tensor) and x.requires_grad), None)
+    dtype = dtype or next(x.dtype for x in (a, b) if isinstance(x, Tensor))
+    a, b = (x if isinstance(x, Tensor) else Tensor.of(as_real(name, "operand", x).astype(dtype)) for x in (a, b))
+    if a.shape != b.shape:
+        try:
+            shape = np.broadcast_shapes(a.shape, b.shape)
+        except ValueError:
+            expected, got = "two arrays whose shapes broadcast", f"shapes {a.shape} and {b.shape}"
+            raise ShapeError(name, "operands", expected=expected, got=got) from None
+        a, b = (x if x.shape == shape else apply("broadcast_to", x, shape=shape) for x in (a, b))
+    return apply(name, a, b)
+
+
+def matmul(a: Any, b: Any) -> Tensor:
+    """The matrix product of arrays with one or two axes, with NumPy's rules for a single axis."""
+    a, b = (x if isinstance(x, Tensor) else Tensor.of(as_real("matmul", "operand", x)) for x in (a, b))
+    if not (1 <= a.ndim <= 2 and 1 <= b.ndim <= 2):
+        fix = "Flatten the leading axes with reshape first."
+        raise ShapeError("matmul", "operands", expected="arrays with one or two axes", got=f"{a.shape}, {b.shape}", fix=fix)
+    shape = a.shape[:-1] + b.shape[1:]
+    left = a if a.ndim == 2 else a.reshape(1, -1)
+    right = b if b.ndim == 2 else b.reshape(-1, 1)
+    y = apply("matmul", left, right)
+    return y if y.shape == shape else y.reshape(shape)
+
+
+def take(x: Any, rows: Any) -> Tensor:
+    """Rows of x by number; x may have any number of axes behind the first."""
+    x = x if isinstance(x, Tensor) else Tensor.of(as_real("take", "x", x))
+    index = np.asarray(rows)
+    if x.ndim < 1 or index.ndim != 1:
+        raise ShapeError("take", "rows", expected="one axis of row numbers of an array with rows", got=f"shape {index.shape}")
+    flat = x if x.ndim == 2 else x.reshape(x.shape[0], -1)
+    y = apply("take", flat, index)
+    return y if x.ndim == 2 else y.reshape(index.shape[0], *x.shape[1:])
+
+
+def concatenate(tensors: Sequence[Any], axis: int = 0) -> Tensor:
+    """Tensors one after the other along an axis.
+
+    Raises
+    ------
+    ArgumentError : there is none, or the axis does not exist.
+    ShapeError : two of them differ along another axis.
+    """
+    if not tensors:
+        raise ArgumentError("concatenate", "tensors", expected="at least one tensor", got="none")
+    return apply("concatenate", *tensors, axis=axis)
