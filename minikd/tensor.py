@@ -92,6 +92,10 @@ class Tensor:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.array, dtype=dtype, copy=copy) if copy else np.asarray(self.numpy(), dtype=dtype)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold the values; history, gradient and arena stay behind."""
+        return Tensor, (self.array, self.requires_grad)
+
     def __repr__(self) -> str:
         text = np.array2string(self.array, separator=", ", prefix="Tensor(")
         return f"Tensor({text}, dtype={self.dtype}{', requires_grad=True' if self.requires_grad else ''})"
