@@ -133,7 +133,7 @@ def _gradient_out(name: str, grad_out: Any, logits: Any) -> Any:
     ok = isinstance(grad_out, np.ndarray) and grad_out.shape == np.shape(logits) and grad_out.dtype == real
     if not (ok and grad_out.flags.c_contiguous and grad_out.flags.writeable):
         expected = f"a writable C-contiguous {real} array of shape {np.shape(logits)}"
-        got = f"{grad_out.dtype} of shape {grad_out.shape}" if isinstance(grad_out, np.ndarray) else repr(type(grad_out))
+        got = f"{grad_out.dtype} of shape {grad_out.shape}" if hasattr(grad_out, "dtype") else repr(type(grad_out))
         raise ArgumentError(name, "grad_out", expected=expected, got=got)
     return grad_out
 
@@ -154,9 +154,9 @@ def _rows_function(name: str, x: Any, axis: int, temperature: Any) -> Any:
     back = tuple(int(a) for a in np.argsort(order))
     rows = (math.prod(array.shape) // array.shape[axis], array.shape[axis])
     if not isinstance(x, Tensor):
-        moved = np.ascontiguousarray(array.transpose(order))
-        (y,), _, _ = execute(OPS[name], [moved.reshape(rows), np.float64(t)], {})
-        return np.ascontiguousarray(y.reshape(moved.shape).transpose(back))
+        values = np.ascontiguousarray(array.transpose(order))
+        (y,), _, _ = execute(OPS[name], [values.reshape(rows), np.float64(t)], {})
+        return np.ascontiguousarray(y.reshape(values.shape).transpose(back))
     moved = x if order == sorted(order) else x.transpose(order)
     y = apply(name, moved if moved.ndim == 2 else moved.reshape(rows), np.float64(t))
     y = y if y.shape == moved.shape else y.reshape(moved.shape)
@@ -355,23 +355,34 @@ def distillation_loss(
     teacher_logits = teacher if isinstance(teacher_logits, Tensor) else teacher_logits
     attrs = {"reduction": reduction, "scale_t2": bool(scale_t2), "ignore_index": int(ignore_index)}
     if soft and scalars[1]:
-        return _with_soft_target(student_logits, teacher_logits, labels, scalars, smoothing, attrs, return_grad, grad_out)
+        pair = (student_logits, teacher_logits)
+        return _with_soft_target(*pair, labels, scalars, smoothing, attrs, return_grad, grad_out)
     labels = None if soft else labels
     inputs = (student_logits, teacher_logits, labels, *scalars)
     return _loss(where, inputs, return_grad, grad_out, label_smoothing=smoothing, **attrs)
 
 
 def _with_soft_target(
-    student: Any, teacher: Any, target: Any, scalars: Sequence[float], smoothing: float,
-    attrs: dict[str, Any], return_grad: bool, grad_out: Any,
-) -> Any:  # fmt: skip
+    student: Any,
+    teacher: Any,
+    target: Any,
+    scalars: Sequence[float],
+    smoothing: float,
+    attrs: dict[str, Any],
+    return_grad: bool,
+    grad_out: Any,
+) -> Any:
     """Distillation with class probabilities as hard targets: the sum of the two losses, each by its own kernel."""
     t, hard_weight, soft_weight = scalars
     soft = _loss("distillation_loss", (student, teacher, None, t, 0.0, soft_weight), return_grad, grad_out, **attrs)
     hard = _loss(
-        "soft_cross_entropy", (student, target, None), return_grad or grad_out is not None, None,
-        reduction=attrs["reduction"], label_smoothing=smoothing,
-    )  # fmt: skip
+        "soft_cross_entropy",
+        (student, target, None),
+        return_grad or grad_out is not None,
+        None,
+        reduction=attrs["reduction"],
+        label_smoothing=smoothing,
+    )
     if not isinstance(soft, tuple):
         return hard * hard_weight + soft
     soft[1][...] += hard_weight * hard[1]
@@ -434,9 +445,7 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None)
     return run(activation, product) if activation else product
 
 
-def dropout(
-    x: Any, p: float = 0.5, *, training: bool = True, seed: int = 0, stream: int = 0, step: int = 0
-) -> Any:
+def dropout(x: Any, p: float = 0.5, *, training: bool = True, seed: int = 0, stream: int = 0, step: int = 0) -> Any:
     """Set each element to 0 with probability p and scale the others by 1 / (1 - p).
 
     The mask is a function of seed, stream (the layer's number), step and the element's position alone, so that every
@@ -449,7 +458,7 @@ def dropout(
     Source: Srivastava et al. 2014; the generator is Philox4x32-10, Salmon et al. 2011.
     """
     if not 0 <= p < 1:
-        raise ArgumentError("dropout", "p", expected="in [0, 1)", got=repr(p), fix="p is the share of elements dropped.")
+        raise ArgumentError("dropout", "p", expected="in [0, 1), the share of elements dropped", got=repr(p))
     if not training or p == 0:
         return x
     attrs = {"p": float(p), "seed": int(seed), "stream": int(stream)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -15,7 +16,19 @@ from minikd.ops.elementwise import ACTIVATIONS
 from minikd.tape import no_grad
 from minikd.tensor import Tensor
 
-__all__ = ["GELU", "MLP", "Arena", "Dropout", "Linear", "Module", "ReLU", "Sequential", "Sigmoid", "Tanh", "initial_weights"]
+__all__ = [
+    "GELU",
+    "MLP",
+    "Arena",
+    "Dropout",
+    "Linear",
+    "Module",
+    "ReLU",
+    "Sequential",
+    "Sigmoid",
+    "Tanh",
+    "initial_weights",
+]
 
 # Rows that predict and logits send through a network at a time: wide enough for BLAS, small enough for the cache.
 ROWS_AT_A_TIME = 4096
@@ -65,12 +78,17 @@ class Arena:
 
 def _in_another_arena() -> ArgumentError:
     return ArgumentError(
-        "Arena", "parameters", expected="parameters that no other optimizer holds", got="one that another arena holds",
+        "Arena",
+        "parameters",
+        expected="parameters that no other optimizer holds",
+        got="one that another arena holds",
         fix="Give one optimizer all parameters that are trained together, or train a copy of the model.",
-    )  # fmt: skip
+    )
 
 
-def initial_weights(rng: np.random.Generator, outputs: int, inputs: int, activation: str | None, dtype: Any) -> np.ndarray:
+def initial_weights(
+    rng: np.random.Generator, outputs: int, inputs: int, activation: str | None, dtype: Any
+) -> np.ndarray:
     """Weights (outputs, inputs) whose signal neither grows nor fades with depth.
 
     He et al. 2015, eq. 10 (normal, variance 2 / inputs) in front of ReLU and GELU, which pass half of their input;
@@ -84,6 +102,12 @@ def initial_weights(rng: np.random.Generator, outputs: int, inputs: int, activat
 
 class Normalises(Protocol):
     """What turns raw features into a network's inputs (minikd.data.Normalisation, for one)."""
+
+    @property
+    def mean(self) -> Any: ...
+
+    @property
+    def deviation(self) -> Any: ...
 
     def apply(self, x: Any) -> Any: ...
 
@@ -154,7 +178,7 @@ class Module:
         return sum(p.size for p in self.parameters())
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """A copy of every parameter by name; layers lie as in a PyTorch Sequential ("0.weight" is (outputs, inputs))."""
+        """A copy of every parameter by name, as a PyTorch Sequential has them ("0.weight" is (outputs, inputs))."""
         return {name: p.array.copy() for name, p in self.named_parameters()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -233,8 +257,16 @@ class Linear(Module):
     dtype : float32 or float64.
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = True, *, seed: int | np.random.Generator = 0,
-                 activation: str | None = None, dtype: Any = np.float32) -> None:  # fmt: skip
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool = True,
+        *,
+        seed: int | np.random.Generator = 0,
+        activation: str | None = None,
+        dtype: Any = np.float32,
+    ) -> None:
         super().__init__()
         for name, size in (("inputs", inputs), ("outputs", outputs)):
             if int(size) != size or size < 1:
@@ -247,8 +279,8 @@ class Linear(Module):
         """The product, with bias and activation in one further pass; refuses x that is not (n, k)."""
         shape = x.shape if hasattr(x, "shape") else np.shape(x)
         if len(shape) != 2 or shape[1] != self.weight.shape[1]:
-            fix = "Flatten images to one row each."
-            raise ShapeError("Linear", "x", expected=f"of shape (n, {self.weight.shape[1]})", got=f"shape {shape}", fix=fix)
+            expected, fix = f"of shape (n, {self.weight.shape[1]})", "Flatten images to one row each."
+            raise ShapeError("Linear", "x", expected=expected, got=f"shape {shape}", fix=fix)
         return F.linear(x, self.weight, self.bias, activation)
 
 
@@ -361,8 +393,16 @@ class MLP(Sequential):
     dtype : float32 or float64.
     """
 
-    def __init__(self, sizes: Sequence[int], activation: str = "relu", dropout: float = 0.0, seed: int = 0, *,
-                 input_dropout: float = 0.0, dtype: Any = np.float32) -> None:  # fmt: skip
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: str = "relu",
+        dropout: float = 0.0,
+        seed: int = 0,
+        *,
+        input_dropout: float = 0.0,
+        dtype: Any = np.float32,
+    ) -> None:
         if len(sizes) < 2 or any(int(s) != s or s < 1 for s in sizes):
             expected = "at least an input and an output size, each from 1"
             raise ArgumentError("MLP", "sizes", expected=expected, got=str(list(sizes)))
@@ -376,7 +416,7 @@ class MLP(Sequential):
                 layers.append(Dropout(p, seed=seed, stream=len(layers)))
 
         add_dropout(input_dropout)
-        for k, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for k, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
             last = k == len(sizes) - 2
             layers.append(Linear(inputs, outputs, seed=rng, activation=None if last else activation, dtype=dtype))
             if not last:

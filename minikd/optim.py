@@ -80,9 +80,12 @@ class Optimizer:
         without = [p for p in parameters if p.grad is None]
         if len(without) == len(parameters):
             raise TapeError(
-                type(self).__name__, "the gradients", expected="there before step()", got="none",
+                type(self).__name__,
+                "the gradients",
+                expected="there before step()",
+                got="none",
                 fix="Call loss.backward() first.",
-            )  # fmt: skip
+            )
         for p in without:
             p.take_gradient(np.zeros(p.shape, p.dtype))
         if self._bound_for != current_backend():
@@ -123,8 +126,16 @@ class SGD(Optimizer):
 
     kernel = "sgd_step"
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.0, nesterov: bool = False,
-                 weight_decay: float = 0.0, *, max_norm: float | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        *,
+        max_norm: float | None = None,
+    ) -> None:
         _require("SGD", "momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
         _require("SGD", "nesterov", nesterov, not nesterov or momentum > 0, "used with a momentum above 0")
         _require("SGD", "weight_decay", weight_decay, weight_decay >= 0, "0 or above")
@@ -150,8 +161,16 @@ class Adam(Optimizer):
     state_names = ("m", "v")
     decoupled = False
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.0, *, max_norm: float | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        max_norm: float | None = None,
+    ) -> None:
         name = type(self).__name__
         _require(name, "betas", betas, all(0 <= b < 1 for b in betas) and len(betas) == 2, "two numbers in [0, 1)")
         _require(name, "eps", eps, eps > 0, "above 0")
@@ -171,8 +190,16 @@ class AdamW(Adam):
 
     decoupled = True
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.01, *, max_norm: float | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        max_norm: float | None = None,
+    ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, max_norm=max_norm)
 
 

@@ -29,25 +29,32 @@ SWEEP_AT = 1024
 class Node:
     """One operation that ran: what it read and wrote, as far as its vjp wants them back."""
 
-    __slots__ = ("__weakref__", "attrs", "inputs", "needs", "op", "out", "parents", "saved", "versions")
+    __slots__ = ("__weakref__", "attrs", "inputs", "op", "out", "parents", "saved", "versions")
 
-    def __init__(self, op: Op, parents: Sequence[Tensor | None], arrays: Sequence[Any], outs: Sequence[Any],
-                 saved: Sequence[Any], attrs: dict[str, Any]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        op: Op,
+        parents: Sequence[Tensor | None],
+        arrays: Sequence[Any],
+        outs: Sequence[Any],
+        saved: Sequence[Any],
+        attrs: dict[str, Any],
+    ) -> None:
         arguments, reads = input_arguments(op, len(arrays)), op.vjp_reads
         self.op, self.attrs = op, attrs
         self.parents: Sequence[Tensor | None] | None = parents
-        self.needs = [a.name in op.wrt and p is not None and p.requires_grad for a, p in zip(arguments, parents, strict=True)]
         self.inputs = [x if a.name in reads else None for a, x in zip(arguments, arrays, strict=True)]
         self.saved = [x if a.name in reads else None for a, x in zip(op.saved, saved, strict=True)]
         self.out = outs[0] if op.outs[0].name in reads else None
-        self.versions = [p.version if p is not None and x is not None else 0 for p, x in zip(parents, self.inputs, strict=True)]
+        self.versions = [0 if p is None else p.version for p in parents]
 
     def backward(self, dout: Any) -> Iterator[tuple[Tensor, Any]]:
-        """The gradients of the inputs that need one. A first gradient is written straight into its place if it has one."""
+        """The gradients of the inputs that need one; a leaf's first gradient is written straight into its place."""
         assert self.parents is not None
         self._check_versions()
-        targets = [p if need else None for p, need in zip(self.parents, self.needs, strict=True)]
-        wanted = [t for t, a in zip(targets, input_arguments(self.op, len(targets)), strict=True) if a.name in self.op.wrt]
+        arguments = input_arguments(self.op, len(self.parents))
+        differentiable = [p for a, p in zip(arguments, self.parents, strict=True) if a.name in self.op.wrt]
+        wanted = [p if p is not None and p.requires_grad else None for p in differentiable]
         dins = [None if t is None else _gradient_buffer(t, wanted[:k]) for k, t in enumerate(wanted)]
         bind(self.op.name + "_vjp", *dins, dout, self.out, *self.saved, *self.inputs, **self.attrs)()
         return ((t, d) for t, d in zip(wanted, dins, strict=True) if t is not None)
@@ -57,10 +64,12 @@ class Node:
         for parent, array, version in zip(self.parents, self.inputs, self.versions, strict=True):
             if parent is not None and array is not None and parent.version != version:
                 raise TapeError(
-                    "backward", f"an input of {self.op.name}", expected="unchanged since the forward pass",
-                    got=f"a tensor of shape {parent.shape} that was changed in place {parent.version - version} time(s)",
+                    "backward",
+                    f"an input of {self.op.name}",
+                    expected="unchanged since the forward pass",
+                    got=f"a tensor of shape {parent.shape} that was changed in place since",
                     fix="Call backward before the optimizer's step or before writing into the tensor.",
-                )  # fmt: skip
+                )
 
     def release(self) -> None:
         """Give back every buffer: this node's gradient has been taken."""
@@ -69,7 +78,7 @@ class Node:
 
 
 def _gradient_buffer(tensor: Tensor, before: Sequence[Tensor | None]) -> Any:
-    """A leaf's own place for its first gradient; a fresh buffer where it has none or the same call already writes it."""
+    """A leaf's own place for its first gradient; a fresh buffer where it has none or this call already writes it."""
     place = None if any(tensor is other for other in before) else tensor.gradient_place()
     return np.empty(tensor.shape, tensor.dtype) if place is None else place
 
@@ -120,7 +129,8 @@ def record(name: str, inputs: Sequence[Any], make: Any, **attrs: Any) -> Tensor:
     op = OPS[name]
     parents = [x if hasattr(x, "requires_grad") else None for x in inputs]
     arguments = input_arguments(op, len(inputs))
-    differentiated = [p for a, p in zip(arguments, parents, strict=True) if p is not None and p.requires_grad and a.name in op.wrt]
+    differentiable = [p for a, p in zip(arguments, parents, strict=True) if a.name in op.wrt and p is not None]
+    differentiated = [p for p in differentiable if p.requires_grad]
     tracked = _tape.recording and bool(differentiated)
     real = differentiated[0].dtype if differentiated else None
     for p in differentiated:
@@ -140,9 +150,12 @@ def backward(root: Node, dout: Any, retain_graph: bool) -> None:
     """Walk the tape backwards from `root`, writing each leaf's first gradient and adding the later ones."""
     if root.parents is None:
         raise TapeError(
-            "backward", "the loss", expected="one whose graph still exists", got="a graph that backward already used",
+            "backward",
+            "the loss",
+            expected="one whose graph still exists",
+            got="a graph that backward already used",
             fix="Run the forward pass again, or keep the graph with backward(retain_graph=True).",
-        )  # fmt: skip
+        )
     pending: dict[int, Any] = {id(root): dout}
     used: list[Node] = []
     for ref in reversed(_tape.nodes):
@@ -161,9 +174,12 @@ def backward(root: Node, dout: Any, retain_graph: bool) -> None:
             break
     if pending:
         raise TapeError(
-            "backward", "the loss", expected="one that this thread computed", got="a graph that is not on this tape",
+            "backward",
+            "the loss",
+            expected="one that this thread computed",
+            got="a graph that is not on this tape",
             fix="Call backward in the thread that ran the forward pass.",
-        )  # fmt: skip
+        )
     if not retain_graph:
         for node in used:
             node.release()

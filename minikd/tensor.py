@@ -113,18 +113,23 @@ class Tensor:
         rows = np.arange(len(self))[key] if isinstance(key, slice | list | np.ndarray) else None
         if rows is None or rows.ndim != 1:
             raise TapeError(
-                "Tensor", "an index", expected="a slice or a list of rows", got=repr(key),
+                "Tensor",
+                "an index",
+                expected="a slice or a list of rows",
+                got=repr(key),
                 fix="Views are not recorded: use x.numpy()[…] for values, or reshape, take and sum for gradients.",
-            )  # fmt: skip
+            )
         return self.take(rows)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if self.node is not None or (self.requires_grad and tape.is_recording()):
             raise TapeError(
-                "Tensor", "the target of an assignment", expected="a tensor without a history, inside no_grad()",
+                "Tensor",
+                "the target of an assignment",
+                expected="a tensor without a history, inside no_grad()",
                 got=f"a tensor of shape {self.shape} that takes part in gradients",
                 fix="Wrap the assignment in `with kd.no_grad():`, or compute a new tensor instead.",
-            )  # fmt: skip
+            )
         self.array[key] = value.array if isinstance(value, Tensor) else value
         self.changed_in_place()
 
@@ -145,9 +150,12 @@ class Tensor:
         """
         if not self.requires_grad:
             raise TapeError(
-                "backward", "the tensor", expected="computed from a tensor with requires_grad=True", got="one without a history",
+                "backward",
+                "the tensor",
+                expected="computed from one with requires_grad=True",
+                got="one without a history",
                 fix="Create the parameters with requires_grad=True, and compute outside no_grad().",
-            )  # fmt: skip
+            )
         seed = tape.seed_gradient(self.shape, self.dtype, gradient)
         if self.node is None:
             self.take_gradient(seed.copy())
@@ -314,8 +322,9 @@ def matmul(a: Any, b: Any) -> Tensor:
     """The matrix product of arrays with one or two axes, with NumPy's rules for a single axis."""
     a, b = (x if isinstance(x, Tensor) else Tensor.of(as_real("matmul", "operand", x)) for x in (a, b))
     if not (1 <= a.ndim <= 2 and 1 <= b.ndim <= 2):
+        expected, got = "arrays with one or two axes", f"shapes {a.shape} and {b.shape}"
         fix = "Flatten the leading axes with reshape first."
-        raise ShapeError("matmul", "operands", expected="arrays with one or two axes", got=f"{a.shape}, {b.shape}", fix=fix)
+        raise ShapeError("matmul", "operands", expected=expected, got=got, fix=fix)
     shape = a.shape[:-1] + b.shape[1:]
     left = a if a.ndim == 2 else a.reshape(1, -1)
     right = b if b.ndim == 2 else b.reshape(-1, 1)
@@ -328,7 +337,8 @@ def take(x: Any, rows: Any) -> Tensor:
     x = x if isinstance(x, Tensor) else Tensor.of(as_real("take", "x", x))
     index = np.asarray(rows)
     if x.ndim < 1 or index.ndim != 1:
-        raise ShapeError("take", "rows", expected="one axis of row numbers of an array with rows", got=f"shape {index.shape}")
+        expected = "one axis of row numbers of an array with rows"
+        raise ShapeError("take", "rows", expected=expected, got=f"shape {index.shape}")
     flat = x if x.ndim == 2 else x.reshape(x.shape[0], -1)
     y = apply("take", flat, index)
     return y if x.ndim == 2 else y.reshape(index.shape[0], *x.shape[1:])

@@ -92,9 +92,8 @@ def use_backend(name: str) -> None:
     reason = BACKENDS[name].missing()
     if reason:
         usable = [n for n in BACKENDS if not BACKENDS[n].missing()]
-        raise BackendError(
-            "use_backend", "name", expected=f"a backend that runs here ({', '.join(usable)})", got=repr(name), fix=reason
-        )
+        expected = f"a backend that runs here ({', '.join(usable)})"
+        raise BackendError("use_backend", "name", expected=expected, got=repr(name), fix=f"Reason: {reason}.")
     _chosen.name, _chosen.bound = name, {}
 
 
@@ -210,10 +209,12 @@ def as_index(where: str, argument: str, value: Any) -> Any:
     return array.astype(np.int64, copy=False)
 
 
-_CONVERT: dict[str, Callable[[Op, Argument, Any], Any]] = {
-    "index": lambda op, a, value: as_index(op.name, a.name, value),
-    "counter": lambda op, a, value: as_index(op.name, a.name, value),
-    "scalar": lambda op, a, value: np.asarray(value, np.float64),
+# How a value becomes an array of each kind.
+_CONVERT: dict[str, Callable[[str, str, Any], Any]] = {
+    "real": as_real,
+    "index": as_index,
+    "counter": as_index,
+    "scalar": lambda where, argument, value: np.asarray(value, np.float64),
 }
 
 
@@ -224,7 +225,7 @@ def prepare(op: Op, inputs: Sequence[Any], real: np.dtype[Any] | None = None) ->
     """
     arguments = input_arguments(op, len(inputs))
     arrays = [
-        value if value is None else _CONVERT[a.kind](op, a, value) if a.kind != "real" else as_real(op.name, a.name, value)
+        None if value is None else _CONVERT[a.kind](op.name, a.name, value)
         for a, value in zip(arguments, inputs, strict=True)
     ]
     if real is None:

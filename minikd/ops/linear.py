@@ -102,9 +102,7 @@ def _bias_op(name: str, activation: Activation) -> Op:
     )
 
 
-IDENTITY = Activation(
-    "u", "1", "", lambda xp, y, u: xp.copyto(y, u), lambda xp, y, u: 1, analytic=True
-)
+IDENTITY = Activation("u", "1", "", lambda xp, y, u: xp.copyto(y, u), lambda xp, y, u: 1, analytic=True)
 
 register(_bias_op("bias", IDENTITY))
 for _name, _activation in ACTIVATIONS.items():

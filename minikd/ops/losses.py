@@ -89,9 +89,16 @@ def _scale_gradient(xp: Any, dx: Any, dloss: Any, loss: Any, gradient: Any, *inp
 
 
 def _cross_entropy(
-    xp: Any, loss: Any, gradient: Any, logits: Any, target: Any, weight: Any,
-    reduction: str, ignore_index: int, label_smoothing: float,
-) -> None:  # fmt: skip
+    xp: Any,
+    loss: Any,
+    gradient: Any,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> None:
     c = logits.shape[1]
     labelled = labelled_rows(xp, "cross_entropy", target, c, ignore_index)
     y = one_hot(xp, target, labelled, c, label_smoothing)
@@ -201,9 +208,7 @@ def _kl_divisor(shape: Shape, reduction: str) -> int:
     return shape[0] * shape[1] if reduction == "mean" else shape[0]
 
 
-def _kl_div(
-    xp: Any, loss: Any, gradient: Any, input: Any, target: Any, reduction: str, log_target: bool
-) -> None:
+def _kl_div(xp: Any, loss: Any, gradient: Any, input: Any, target: Any, reduction: str, log_target: bool) -> None:
     q = xp.exp(wide(xp, target)) if log_target else wide(xp, target)
     log_q = wide(xp, target) if log_target else xp.log(q)
     pointwise = xp.where(q == 0, 0.0, q * (log_q - wide(xp, input)))
@@ -258,10 +263,20 @@ def weighted(xp: Any, weight: float, value: Any) -> Any:
 
 
 def _distillation_loss(
-    xp: Any, loss: Any, gradient: Any, student_logits: Any, teacher_logits: Any, target: Any,
-    temperature: Any, hard_weight: Any, soft_weight: Any,
-    reduction: str, scale_t2: bool, ignore_index: int, label_smoothing: float,
-) -> None:  # fmt: skip
+    xp: Any,
+    loss: Any,
+    gradient: Any,
+    student_logits: Any,
+    teacher_logits: Any,
+    target: Any,
+    temperature: Any,
+    hard_weight: Any,
+    soft_weight: Any,
+    reduction: str,
+    scale_t2: bool,
+    ignore_index: int,
+    label_smoothing: float,
+) -> None:
     n, c = student_logits.shape
     t, hard_weight, soft_weight = float(temperature), float(hard_weight), float(soft_weight)
     inverse_t = inverse_temperature("distillation_loss", t, np.float64)
@@ -278,9 +293,7 @@ def _distillation_loss(
     hard, hard_gradient = xp.zeros(n), xp.zeros((n, c))
     if target is not None:
         labelled = labelled_rows(xp, "distillation_loss", target, c, ignore_index)
-        hard, hard_gradient = cross_entropy_rows(
-            xp, student_logits, one_hot(xp, target, labelled, c, label_smoothing)
-        )
+        hard, hard_gradient = cross_entropy_rows(xp, student_logits, one_hot(xp, target, labelled, c, label_smoothing))
         hard = xp.where(labelled, weighted(xp, hard_weight, hard), 0.0)
         hard_gradient = xp.where(labelled[:, None], hard_weight * hard_gradient, 0.0)
 

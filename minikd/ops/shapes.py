@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from minikd.errors import ArgumentError, ShapeError
-from minikd.ops.op import Example, Op, Shape, gradients, register
+from minikd.ops.op import Example, Op, Shape, register
 
 # --- reshape ---
 
@@ -198,13 +198,19 @@ def _broadcast_shape(shapes: Sequence[Shape | None], attrs: dict[str, Any]) -> l
 
 
 def _broadcast_example(rng: np.random.Generator, dtype: Any) -> list[Example]:
-    cases: list[tuple[Shape, Shape]] = [((3,), (4, 3)), ((4, 1), (4, 3)), ((), (2, 2)), ((1, 3), (1, 3)), ((3,), (0, 3))]
+    cases: list[tuple[Shape, Shape]] = [
+        ((3,), (4, 3)),
+        ((4, 1), (4, 3)),
+        ((), (2, 2)),
+        ((1, 3), (1, 3)),
+        ((3,), (0, 3)),
+    ]
     return [([np.asarray(rng.normal(size=s), dtype)], {"shape": t}) for s, t in cases]
 
 
 def _sum_to_example(rng: np.random.Generator, dtype: Any) -> list[Example]:
     return [
-        ([rng.normal(size=attrs["shape"]).astype(dtype)], {"shape": inputs[0].shape})
+        ([np.asarray(rng.normal(size=attrs["shape"]), dtype)], {"shape": inputs[0].shape})
         for inputs, attrs in _broadcast_example(rng, dtype)
     ]
 
@@ -243,6 +249,6 @@ register(
         formula="y += x: how the second and later gradients of a shared value are added",
         signature="x(...) -> y!(...)",
         forward=lambda xp, y, x: xp.add(y, x, out=y),
-        example=lambda rng, dtype: [([rng.normal(size=s).astype(dtype)], {}) for s in ((3, 4), (67,), (0,))],
+        example=lambda rng, dtype: [([np.asarray(rng.normal(size=s), dtype)], {}) for s in ((3, 4), (67,), (0,))],
     )
 )

@@ -11,9 +11,7 @@ from minikd.ops.op import Example, Op, register
 SIZES = (1, 7, 67, 1030)
 
 
-def _sgd_step(
-    xp: Any, w: Any, v: Any, g: Any, lr: Any, momentum: float, nesterov: bool, weight_decay: float
-) -> None:
+def _sgd_step(xp: Any, w: Any, v: Any, g: Any, lr: Any, momentum: float, nesterov: bool, weight_decay: float) -> None:
     real = w.dtype.type
     d = g + real(weight_decay) * w if weight_decay else g
     if v is not None:
@@ -46,9 +44,19 @@ register(
 
 
 def _adam_step(
-    xp: Any, w: Any, m: Any, v: Any, g: Any, lr: Any, step: Any,
-    beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool,
-) -> None:  # fmt: skip
+    xp: Any,
+    w: Any,
+    m: Any,
+    v: Any,
+    g: Any,
+    lr: Any,
+    step: Any,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> None:
     real, t = w.dtype.type, int(step)
     if weight_decay and decoupled:
         w *= real(1.0 - float(lr) * weight_decay)
