@@ -141,21 +141,17 @@ def bind(name: str, *buffers: Any, **attrs: Any) -> Call:
     ------
     DTypeError, ShapeError : a buffer is not what the signature says.
     """
-    op, arguments = _arguments(name, len(buffers))
-    shapes = _check(op, arguments, buffers)
-    if not op.variadic:
-        op.sizes(arguments, shapes)
-    return _binder(name)(*buffers, **{**op.attrs, **attrs})
-
-
-def _arguments(name: str, count: int) -> tuple[Op, Sequence[Argument]]:
     op = OPS[name.removesuffix("_vjp")]
-    arguments: Sequence[Argument] = op.buffers if name == op.name else op.vjp_buffers
-    if op.variadic:
-        arguments = tuple(op.inputs[0]._replace(optional=True) for _ in range(count))
-    if len(arguments) != count:
-        raise ShapeError(name, "buffers", expected=", ".join(a.name for a in arguments), got=f"{count} buffers")
-    return op, arguments
+    backward = name != op.name
+    arguments = op.arguments(backward, len(buffers))
+    if len(arguments) != len(buffers):
+        expected = ", ".join(a.name for a in arguments)
+        raise ShapeError(name, "buffers", expected=expected, got=f"{len(buffers)} buffers")
+    full = {**op.attrs, **attrs}
+    shapes = _check(op, arguments, buffers)
+    op.sizes(arguments, shapes)
+    op.check_worked_out(arguments, shapes, full)
+    return _binder(name)(*buffers, **full)
 
 
 def _check(op: Op, arguments: Sequence[Argument], buffers: Sequence[Any]) -> list[Shape | None]:
@@ -163,6 +159,8 @@ def _check(op: Op, arguments: Sequence[Argument], buffers: Sequence[Any]) -> lis
     shapes: list[Shape | None] = []
     for argument, buffer in zip(arguments, buffers, strict=True):
         if buffer is None:
+            if not argument.optional:
+                raise ShapeError(op.name, argument.name, expected="an array", got="None")
             shapes.append(None)
             continue
         dtype = KINDS[argument.kind] or real

@@ -138,12 +138,12 @@ register(
 register(
     Op(
         name="pow",
-        formula="y = a^b;  da = dy·b·a^(b-1);  db = dy·y·log a  (0 where y = 0)",
+        formula="y = a^b;  da = dy·b·a^(b-1);  db = dy·y·log a  (0 where a = 0)",
         signature="a(...), b(...) -> y(...)",
         forward=lambda xp, y, a, b: xp.power(a, b, out=y),
         vjp=gradients(
             lambda xp, dy, y, a, b: dy * b * xp.power(xp.where(b == 0, 1, a), b - 1),
-            lambda xp, dy, y, a, b: dy * y * xp.log(xp.where(y == 0, 1, a)),
+            lambda xp, dy, y, a, b: dy * y * xp.log(xp.where(a == 0, 1, a)),
         ),
         wrt=("a", "b"),
         vjp_reads=("y", "a", "b"),

@@ -41,24 +41,28 @@ KINDS: dict[str, np.dtype[Any] | None] = {
 
 
 class Argument(NamedTuple):
-    """One buffer of an operation, as its signature declares it."""
+    """One buffer of an operation, as its signature declares it.
+
+    `role` is input, out, update or saved; in a vjp also din and dout, the gradients of an input and of an output.
+    """
 
     name: str
+    role: str
     kind: str
     dims: tuple[str, ...]
     optional: bool
-    updated: bool
     variadic: bool
 
 
 _ARGUMENT = re.compile(r"(\*?)(\w+)(!?)(\??)(?::(\w+))?(?:\(([^)]*)\))?")
 
 
-def _parse(text: str) -> tuple[Argument, ...]:
+def _parse(text: str, role: str) -> tuple[Argument, ...]:
     found = []
     for star, name, bang, optional, kind, dims in _ARGUMENT.findall(text):
         letters = tuple(part.strip() for part in dims.split(",") if part.strip())
-        found.append(Argument(name, kind or "real", letters, bool(optional), bool(bang), bool(star)))
+        actual = "update" if bang else role
+        found.append(Argument(name, actual, kind or "real", letters, bool(optional), bool(star)))
     return tuple(found)
 
 
@@ -103,12 +107,12 @@ class Op:
     def __post_init__(self) -> None:
         left, right = self.signature.split("->")
         outs, _, saved = right.partition(";")
-        written = _parse(outs)
+        written = _parse(outs, "out")
         parsed: dict[str, Any] = {
-            "inputs": _parse(left),
-            "outs": tuple(a for a in written if not a.updated),
-            "updates": tuple(a for a in written if a.updated),
-            "saved": _parse(saved),
+            "inputs": _parse(left, "input"),
+            "outs": tuple(a for a in written if a.role == "out"),
+            "updates": tuple(a for a in written if a.role == "update"),
+            "saved": _parse(saved, "saved"),
         }
         every = (*written, *parsed["saved"], *parsed["inputs"])
         letters = [d for a in (*parsed["inputs"], *written) for d in a.dims if d != "*"]
@@ -117,7 +121,8 @@ class Op:
         parsed["letters"] = tuple(dict.fromkeys(letters))
         for name, value in parsed.items():
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "vjp_buffers", self._gradient_arguments() + every)
+        unread = [a if a.name in self.vjp_reads else a._replace(optional=True) for a in every]
+        object.__setattr__(self, "vjp_buffers", (*self._gradient_arguments(), *unread))
 
     inputs: tuple[Argument, ...] = field(init=False)
     outs: tuple[Argument, ...] = field(init=False)
@@ -132,13 +137,40 @@ class Op:
         if self.vjp is None:
             return ()
         by_name = {a.name: a for a in self.inputs}
-        dins = tuple(by_name[name]._replace(name="d" + name, optional=True) for name in self.wrt)
-        return dins + tuple(a._replace(name="d" + a.name) for a in self.outs)
+        dins = tuple(by_name[name]._replace(name="d" + name, role="din", optional=True) for name in self.wrt)
+        return dins + tuple(a._replace(name="d" + a.name, role="dout") for a in self.outs)
 
     @property
     def needs_classes(self) -> bool:
         """Whether the operation works on rows of classes, which must not be empty."""
         return "c" in self.letters
+
+    def arguments(self, backward: bool, count: int) -> Sequence[Argument]:
+        """The declarations of a kernel's buffers, `count` of them where the operation takes any number of inputs."""
+        declared = self.vjp_buffers if backward else self.buffers
+        if not self.variadic:
+            return declared
+        single = len(declared) - (2 if backward else 1)  # what is there once: outputs and their gradients
+        inputs = (count - single) // (2 if backward else 1)
+        return [a for a in declared for _ in range(inputs if a.variadic else 1)]
+
+    def check_worked_out(
+        self, arguments: Sequence[Argument], shapes: Sequence[Shape | None], attrs: dict[str, Any]
+    ) -> None:
+        """Compare outputs and their gradients, where letters do not give their shapes, with what `shape` says."""
+        if self.shape is None:
+            return
+        pairs = list(zip(arguments, shapes, strict=True))
+        dins = {a.name: shape for a, shape in pairs if a.role == "din"}
+        # an input that vjp does not read is known by its gradient
+        inputs = [dins.get("d" + a.name) if shape is None else shape for a, shape in pairs if a.role == "input"]
+        if inputs[0] is None:
+            return
+        expected = dict(zip((a.name for a in self.outs), self.shape(inputs, attrs), strict=True))
+        for argument, shape in pairs:
+            name = {"out": argument.name, "dout": argument.name[1:]}.get(argument.role)
+            if name is not None and shape is not None and shape != expected[name]:
+                raise self._shape_error(argument, f"of shape {expected[name]}", shape)
 
     def sizes(self, arguments: Sequence[Argument], shapes: Sequence[Shape | None]) -> dict[str, int]:
         """The value of each dimension letter, or a ShapeError that names the two arguments that disagree."""
