@@ -295,15 +295,14 @@ def _distillation_loss(
         labelled = labelled_rows(xp, "distillation_loss", target, c, ignore_index)
         hard, hard_gradient = cross_entropy_rows(xp, student_logits, one_hot(xp, target, labelled, c, label_smoothing))
         hard = xp.where(labelled, weighted(xp, hard_weight, hard), 0.0)
-        hard_gradient = xp.where(labelled[:, None], hard_weight * hard_gradient, 0.0)
+        hard_gradient = xp.where(labelled[:, None], weighted(xp, hard_weight, hard_gradient), 0.0)
 
     # the hard mean is over labelled rows, the soft mean over all
     per_hard, per_soft = row_scale(labelled.sum(), reduction), row_scale(n, reduction)
     rows = per_hard * hard + per_soft * soft
     loss[...] = rows if reduction == "none" else rows.sum()
     if gradient is not None:
-        broken = xp.isnan(p[:, :1]) | xp.isnan(q[:, :1])
-        gradient[...] = xp.where(broken, xp.nan, per_hard * hard_gradient + per_soft * soft_gradient)
+        gradient[...] = per_hard * hard_gradient + per_soft * soft_gradient
 
 
 def _distillation_example(rng: np.random.Generator, dtype: Any) -> list[Example]:
