@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from minikd import tensor
 from minikd.errors import ArgumentError, ShapeError, bad_temperature
 from minikd.kernels import as_real, execute
 from minikd.ops import OPS
 from minikd.ops.elementwise import ACTIVATIONS
-from minikd.tensor import Tensor, apply, concatenate, matmul, take
+from minikd.tape import no_grad
+from minikd.tensor import Tensor, apply
 
 __all__ = [
     "concatenate",
@@ -87,15 +89,22 @@ def _rows_of_logits(where: str, argument: str, value: Any) -> Any:
     return array
 
 
-def _warn_of_probabilities(where: str, argument: str, logits: Any) -> None:
-    """One warning if each of the first rows lies in [0, 1] and sums to 1: softmax was probably applied already."""
+def _look_like_probabilities(logits: Any) -> bool:
+    """Whether each of the first rows lies in [0, 1] and sums to 1."""
     first = logits[0]
     if len(first) < 2 or first.min() < 0 or first.max() > 1:
-        return
+        return False
     rows = logits[:ROWS_TO_LOOK_AT]
-    if ((rows >= 0) & (rows <= 1)).all() and (abs(rows.sum(axis=1) - 1) < 1e-3).all():
-        message = f"{where}: {argument} looks like probabilities; it must be logits. Pass the scores before softmax"
-        warnings.warn(f"{message}, or their logarithm.", UserWarning, stacklevel=4)
+    return bool(((rows >= 0) & (rows <= 1)).all() and (abs(rows.sum(axis=1) - 1) < 1e-3).all())
+
+
+def _warn_of_probabilities(where: str, **logits: Any) -> None:
+    """One warning, at the line of the user's call, if arguments look as if softmax was applied to them already."""
+    names = [name for name, array in logits.items() if _look_like_probabilities(array)]
+    if names:
+        verb = "looks" if len(names) == 1 else "look"
+        message = f"{where}: {' and '.join(names)} {verb} like probabilities where logits are expected."
+        warnings.warn(f"{message} Pass the scores before softmax, or log(p).", UserWarning, stacklevel=3)
 
 
 def _row_targets(where: str, target: Any, n: int, c: int) -> tuple[Any, bool]:
@@ -241,7 +250,7 @@ def cross_entropy(
         weight = _array(weight, where, "weight")
         if weight.shape != z.shape[1:]:
             raise ShapeError(where, "weight", expected=f"of shape ({z.shape[1]},)", got=f"shape {weight.shape}")
-    _warn_of_probabilities(where, "logits", z)
+    _warn_of_probabilities(where, logits=z)
     if soft:
         return _loss("soft_cross_entropy", (logits, labels, weight), return_grad, grad_out, **attrs)
     return _loss(where, (logits, labels, weight), return_grad, grad_out, ignore_index=int(ignore_index), **attrs)
@@ -286,6 +295,8 @@ def kl_div(
         raise ShapeError(where, "input", expected="of shape (n, c) with n, c ≥ 1", got=f"shape {shape}")
     rows = (shape[0], math.prod(shape[1:]))
     if shape != rows:
+        if grad_out is not None:
+            grad_out = _gradient_out(where, grad_out, input).reshape(rows)
         input, target = (x.reshape(rows) if isinstance(x, Tensor) else np.reshape(x, rows) for x in (input, target))
     result = _loss(where, (input, target), return_grad, grad_out, reduction=reduction, log_target=bool(log_target))
     if shape == rows:
@@ -350,8 +361,7 @@ def distillation_loss(
     scalars += [_finite(where, a, w) for a, w in (("hard_weight", hard_weight), ("soft_weight", soft_weight))]
     smoothing = _smoothing(where, label_smoothing)
     labels, soft = (None, False) if target is None else _row_targets(where, target, *student.shape)
-    _warn_of_probabilities(where, "student_logits", student)
-    _warn_of_probabilities(where, "teacher_logits", teacher)
+    _warn_of_probabilities(where, student_logits=student, teacher_logits=teacher)
     teacher_logits = teacher if isinstance(teacher_logits, Tensor) else teacher_logits
     attrs = {"reduction": reduction, "scale_t2": bool(scale_t2), "ignore_index": int(ignore_index)}
     if soft and scalars[1]:
@@ -443,6 +453,34 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None)
     if bias is not None:
         return run("bias_" + activation if activation else "bias", product, bias)
     return run(activation, product) if activation else product
+
+
+def _like_inputs(function: Callable[..., Tensor], inputs: Sequence[Any], *rest: Any) -> Any:
+    """What a function of tensors makes of these inputs: a tensor if there is one among them, else an array."""
+    if any(isinstance(x, Tensor) for x in inputs):
+        return function(*rest)
+    with no_grad():
+        return function(*rest).array
+
+
+def matmul(a: Any, b: Any) -> Any:
+    """The matrix product of a (n, k) and b (k, m), or of vectors by NumPy's rules."""
+    return _like_inputs(tensor.matmul, (a, b), a, b)
+
+
+def take(x: Any, rows: Any) -> Any:
+    """Rows of x (n, …) by number (k,), in that order; a row may come more than once.
+
+    Raises
+    ------
+    ArgumentError : a number outside 0 … n - 1.
+    """
+    return _like_inputs(tensor.take, (x,), x, rows)
+
+
+def concatenate(tensors: Sequence[Any], axis: int = 0) -> Any:
+    """Tensors or arrays one after the other along an axis; they agree in all other sizes."""
+    return _like_inputs(tensor.concatenate, tensors, tensors, axis)
 
 
 def dropout(x: Any, p: float = 0.5, *, training: bool = True, seed: int = 0, stream: int = 0, step: int = 0) -> Any:

@@ -220,8 +220,8 @@ class Module:
         """Raw scores (n, c) of raw features x (n, k) or (k,): normalised first, without dropout or gradients."""
         array = as_real("logits", "x", x.array if isinstance(x, Tensor) else x)
         single = array.ndim == 1
-        rows = array[None] if single else array.reshape(len(array), -1) if array.size else array
-        was_training, parameters = self.training, self.parameters()
+        rows = array[None] if single else array.reshape(len(array), math.prod(array.shape[1:]))
+        modes, parameters = [(module, module.training) for _, module in self.named_modules()], self.parameters()
         dtype = parameters[0].dtype if parameters else rows.dtype
         pieces = []
         with no_grad():
@@ -232,13 +232,15 @@ class Module:
                     piece = self.normalisation.apply(piece) if self.normalisation is not None else piece
                     pieces.append(self.forward(Tensor.of(np.ascontiguousarray(piece, dtype))).array)
             finally:
-                self.train(was_training)
+                for module, mode in modes:
+                    module.training = mode
         scores = np.concatenate(pieces)
         return scores[0] if single else scores
 
     def predict_proba(self, x: Any, temperature: float = 1.0) -> np.ndarray:
         """Class probabilities (n, c) of raw features x (n, k)."""
-        return F.softmax(self.logits(x), temperature=temperature)
+        scores = self.logits(x)
+        return F.softmax(scores, temperature=temperature) if scores.size else scores
 
     def predict(self, x: Any) -> np.ndarray:
         """The most probable class id of each row of raw features x (n, k)."""

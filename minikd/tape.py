@@ -50,16 +50,20 @@ class Node:
 
     def backward(self, dout: Any) -> Iterator[tuple[Tensor, Any]]:
         """The gradients of the inputs that need one; a leaf's first gradient is written straight into its place."""
-        assert self.parents is not None
-        self._check_versions()
-        arguments = input_arguments(self.op, len(self.parents))
-        differentiable = [p for a, p in zip(arguments, self.parents, strict=True) if a.name in self.op.wrt]
-        wanted = [p if p is not None and p.requires_grad else None for p in differentiable]
+        wanted = self.differentiated()
         dins = [None if t is None else _gradient_buffer(t, wanted[:k]) for k, t in enumerate(wanted)]
         bind(self.op.name + "_vjp", *dins, dout, self.out, *self.saved, *self.inputs, **self.attrs)()
         return ((t, d) for t, d in zip(wanted, dins, strict=True) if t is not None)
 
-    def _check_versions(self) -> None:
+    def differentiated(self) -> list[Tensor | None]:
+        """The parents that take a gradient, in the order of the operation's `wrt`; None where nobody needs it."""
+        assert self.parents is not None
+        arguments = input_arguments(self.op, len(self.parents))
+        parents = [p for a, p in zip(arguments, self.parents, strict=True) if a.name in self.op.wrt]
+        return [p if p is not None and p.requires_grad else None for p in parents]
+
+    def check_versions(self) -> None:
+        """Refuse an input that vjp reads and that was changed in place since the forward pass."""
         assert self.parents is not None
         for parent, array, version in zip(self.parents, self.inputs, self.versions, strict=True):
             if parent is not None and array is not None and parent.version != version:
@@ -96,6 +100,11 @@ class _Tape(threading.local):
             self.nodes = [ref for ref in self.nodes if ref() is not None]
             self.sweep_at = max(SWEEP_AT, 2 * len(self.nodes))
         self.nodes.append(weakref.ref(node))
+
+    def forget_released(self) -> None:
+        """Drop the nodes whose gradients were taken."""
+        alive = ((ref, ref()) for ref in self.nodes)
+        self.nodes = [ref for ref, node in alive if node is not None and node.parents is not None]
 
 
 _tape = _Tape()
@@ -148,20 +157,9 @@ def record(name: str, inputs: Sequence[Any], make: Any, **attrs: Any) -> Tensor:
 
 def backward(root: Node, dout: Any, retain_graph: bool) -> None:
     """Walk the tape backwards from `root`, writing each leaf's first gradient and adding the later ones."""
-    if root.parents is None:
-        raise TapeError(
-            "backward",
-            "the loss",
-            expected="one whose graph still exists",
-            got="a graph that backward already used",
-            fix="Run the forward pass again, or keep the graph with backward(retain_graph=True).",
-        )
+    nodes = _reachable(root)
     pending: dict[int, Any] = {id(root): dout}
-    used: list[Node] = []
-    for ref in reversed(_tape.nodes):
-        node = ref()
-        if node is None or id(node) not in pending:
-            continue
+    for node in nodes:
         for tensor, gradient in node.backward(pending.pop(id(node))):
             if tensor.node is None:
                 tensor.take_gradient(gradient)
@@ -169,10 +167,39 @@ def backward(root: Node, dout: Any, retain_graph: bool) -> None:
                 bind("add_into", pending[id(tensor.node)], gradient)()
             else:
                 pending[id(tensor.node)] = gradient
-        used.append(node)
-        if not pending:
+    if not retain_graph:
+        for node in nodes:
+            node.release()
+        _tape.forget_released()
+
+
+def _reachable(root: Node) -> list[Node]:
+    """The nodes that `root` was computed from, last first.
+
+    What cannot be done is refused here, before any gradient changes.
+    """
+    wanted = {id(root): root}
+    found: list[Node] = []
+    for ref in reversed(_tape.nodes):
+        if not wanted:
             break
-    if pending:
+        node = ref()
+        if node is None or wanted.pop(id(node), None) is None:
+            continue
+        node.check_versions()
+        found.append(node)
+        for parent in node.differentiated():
+            if parent is not None and parent.node is not None:
+                wanted[id(parent.node)] = parent.node
+    if any(node.parents is None for node in wanted.values()):
+        raise TapeError(
+            "backward",
+            "the loss",
+            expected="one whose graph still exists",
+            got="a graph that backward already used, wholly or in part",
+            fix="Run the forward pass again, or keep the graph with backward(retain_graph=True).",
+        )
+    if wanted:
         raise TapeError(
             "backward",
             "the loss",
@@ -180,10 +207,7 @@ def backward(root: Node, dout: Any, retain_graph: bool) -> None:
             got="a graph that is not on this tape",
             fix="Call backward in the thread that ran the forward pass.",
         )
-    if not retain_graph:
-        for node in used:
-            node.release()
-        _tape.nodes = [ref for ref in _tape.nodes if (node := ref()) is not None and node.parents is not None]
+    return found
 
 
 def seed_gradient(shape: tuple[int, ...], dtype: Any, gradient: Any) -> Any:
@@ -193,7 +217,7 @@ def seed_gradient(shape: tuple[int, ...], dtype: Any, gradient: Any) -> Any:
             fix = "Reduce it first (.sum() or .mean()), or pass gradient=…"
             raise ShapeError("backward", "the tensor", expected="a scalar", got=f"shape {shape}", fix=fix)
         return np.ones((), dtype)
-    gradient = np.ascontiguousarray(np.asarray(gradient, dtype))
+    gradient = np.array(gradient, dtype, order="C")
     if gradient.shape != shape:
         raise ShapeError("backward", "gradient", expected=f"of shape {shape}", got=f"shape {gradient.shape}")
     return gradient

@@ -86,8 +86,8 @@ class Tensor:
         return self.array.item()
 
     def detach(self) -> Tensor:
-        """The same values without a history; no gradient flows through it."""
-        return Tensor.of(self.array)
+        """A copy of the values without a history; no gradient flows through it."""
+        return Tensor(self.array)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.array, dtype=dtype, copy=copy) if copy else np.asarray(self.numpy(), dtype=dtype)
@@ -307,7 +307,7 @@ def _pairwise(name: str, a: Any, b: Any) -> Tensor:
     """A binary operation after broadcasting; a number or array beside a tensor takes the tensor's dtype."""
     dtype = next((x.dtype for x in (a, b) if isinstance(x, Tensor) and x.requires_grad), None)
     dtype = dtype or next(x.dtype for x in (a, b) if isinstance(x, Tensor))
-    a, b = (x if isinstance(x, Tensor) else Tensor.of(as_real(name, "operand", x).astype(dtype)) for x in (a, b))
+    a, b = (x if isinstance(x, Tensor) else Tensor.of(_operand(name, x, dtype)) for x in (a, b))
     if a.shape != b.shape:
         try:
             shape = np.broadcast_shapes(a.shape, b.shape)
@@ -316,6 +316,10 @@ def _pairwise(name: str, a: Any, b: Any) -> Tensor:
             raise ShapeError(name, "operands", expected=expected, got=got) from None
         a, b = (x if x.shape == shape else apply("broadcast_to", x, shape=shape) for x in (a, b))
     return apply(name, a, b)
+
+
+def _operand(name: str, value: Any, dtype: Any) -> Any:
+    return as_real(name, "operand", value, dtype).astype(dtype, order="C", copy=False)
 
 
 def matmul(a: Any, b: Any) -> Tensor:

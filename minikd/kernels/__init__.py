@@ -182,18 +182,19 @@ def input_arguments(op: Op, count: int) -> Sequence[Argument]:
     return [op.inputs[0]] * count if op.variadic else op.inputs
 
 
-def as_real(where: str, argument: str, value: Any) -> Any:
-    """`value` as a float32 or float64 array; float16, integers and booleans become float32.
+def as_real(where: str, argument: str, value: Any, other: Any = np.float32) -> Any:
+    """`value` as a float32 or float64 array; float16, integers and booleans become `other`.
 
     Raises
     ------
     DTypeError : any other dtype (complex, object, text).
     """
     array = np.asarray(value)
-    if array.dtype in FLOATS:
-        return array
-    if array.dtype.kind in "iub" or array.dtype == np.float16:
-        return array.astype(np.float32)
+    native = array.dtype.newbyteorder("=")
+    if native in FLOATS:
+        return array.astype(native, copy=False)
+    if array.dtype.kind in "iub" or native == np.float16:
+        return array.astype(other)
     expected = "an array of float16, float32, float64 or integers"
     raise DTypeError(where, argument, expected=expected, got=str(array.dtype), fix="Convert it with .astype(float).")
 
@@ -204,12 +205,13 @@ def as_index(where: str, argument: str, value: Any) -> Any:
     if array.dtype.kind not in "iu":
         fix = "Class ids are whole numbers; convert them with .astype(int)."
         raise DTypeError(where, argument, expected="an array of integers", got=str(array.dtype), fix=fix)
+    if array.dtype.itemsize == 8 and array.dtype.kind == "u":  # what int64 cannot hold stays too large, and is refused
+        array = np.minimum(array, np.uint64(np.iinfo(np.int64).max))
     return array.astype(np.int64, copy=False)
 
 
-# How a value becomes an array of each kind.
+# How a value becomes an array of each kind but real.
 _CONVERT: dict[str, Callable[[str, str, Any], Any]] = {
-    "real": as_real,
     "index": as_index,
     "counter": as_index,
     "scalar": lambda where, argument, value: np.asarray(value, np.float64),
@@ -222,19 +224,23 @@ def prepare(op: Op, inputs: Sequence[Any], real: np.dtype[Any] | None = None) ->
     `real` decides between float32 and float64; without it the first differentiated (else the first real) input does.
     """
     arguments = input_arguments(op, len(inputs))
-    arrays = [
-        None if value is None else _CONVERT[a.kind](op.name, a.name, value)
-        for a, value in zip(arguments, inputs, strict=True)
-    ]
     if real is None:
-        ranked = sorted(zip(arguments, arrays, strict=True), key=lambda pair: pair[0].name not in op.wrt)
-        real = next((x.dtype for a, x in ranked if a.kind == "real" and x is not None), FLOATS[0])
-    for k, (argument, array) in enumerate(zip(arguments, arrays, strict=True)):
-        if array is not None and argument.kind == "real":
-            array = array.astype(real, copy=False)
-        if array is not None and not array.flags.c_contiguous:
-            array = np.ascontiguousarray(array)
-        arrays[k] = array
+        given = [
+            (a.name not in op.wrt, k) for k, a in enumerate(arguments) if a.kind == "real" and inputs[k] is not None
+        ]
+        deciding = min(given)[1] if given else None
+        real = FLOATS[0]
+        if deciding is not None:
+            real = as_real(op.name, arguments[deciding].name, inputs[deciding]).dtype
+    arrays: list[Any] = []
+    for argument, value in zip(arguments, inputs, strict=True):
+        if value is None:
+            arrays.append(None)
+        elif argument.kind == "real":
+            array = as_real(op.name, argument.name, value, real)
+            arrays.append(array.astype(real, order="C", copy=False))
+        else:
+            arrays.append(np.asarray(_CONVERT[argument.kind](op.name, argument.name, value), order="C"))
     return arrays, real
 
 

@@ -257,6 +257,9 @@ register(
 # --- distillation ---
 
 
+LARGEST_FACTOR = 1e150  # T² is kept finite, so that 0·T² is 0
+
+
 def weighted(xp: Any, weight: float, value: Any) -> Any:
     """weight·value, and 0 where the weight is 0 even if the value is infinite: a term switched off is not there."""
     return weight * value if weight else xp.zeros_like(value)
@@ -285,7 +288,7 @@ def _distillation_loss(
     p, log_p = softened(xp, student_logits, inverse_t)
     q, log_q = softened(xp, teacher_logits, inverse_t)
     kl, difference = relative_entropy(xp, p, q, log_p - log_q)
-    soft = weighted(xp, soft_weight, (t * t if scale_t2 else 1.0) * kl)
+    soft = weighted(xp, soft_weight, (min(t, LARGEST_FACTOR) ** 2 if scale_t2 else 1.0) * kl)
     soft_gradient = weighted(xp, soft_weight * (t if scale_t2 else inverse_t), difference)
 
     # hard: cross-entropy at T = 1, gradient softmax(z) - y, for the rows that carry a label
