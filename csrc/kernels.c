@@ -1,0 +1,46 @@
+/* All kernels for one number type and one level of instructions.
+ *
+ * Compiled once for each: MINIKD_DOUBLE chooses double instead of float, MINIKD_TABLE names the table that is the only
+ * thing that others see of this file, and the compiler's options say which instructions may be used. */
+
+#include "table.h"
+
+#include "bias.inc.c"
+#include "dropout.inc.c"
+#include "losses.inc.c"
+#include "shapes.inc.c"
+#include "softmax.inc.c"
+#include "updates.inc.c"
+
+const minikd_entry MINIKD_TABLE[] = {
+    {"softmax", softmax},
+    {"softmax_vjp", softmax_vjp},
+    {"log_softmax", log_softmax},
+    {"log_softmax_vjp", log_softmax_vjp},
+    {"cross_entropy", cross_entropy},
+    {"cross_entropy_vjp", row_loss_vjp},
+    {"soft_cross_entropy", soft_cross_entropy},
+    {"soft_cross_entropy_vjp", row_loss_vjp},
+    {"kl_div", kl_div},
+    {"kl_div_vjp", kl_div_vjp},
+    {"distillation_loss", distillation_loss},
+    {"distillation_loss_vjp", row_loss_vjp},
+    {"bias", bias},
+    {"bias_vjp", bias_vjp},
+    {"bias_relu", bias_relu},
+    {"bias_relu_vjp", bias_relu_vjp},
+    {"bias_tanh", bias_tanh},
+    {"bias_tanh_vjp", bias_tanh_vjp},
+    {"bias_sigmoid", bias_sigmoid},
+    {"bias_sigmoid_vjp", bias_sigmoid_vjp},
+    {"bias_gelu", bias_gelu},
+    {"bias_gelu_vjp", bias_gelu_vjp},
+    {"sgd_step", sgd_step},
+    {"adam_step", adam_step},
+    {"dropout", dropout},
+    {"dropout_vjp", dropout_vjp},
+    {"take", take},
+    {"take_vjp", take_vjp},
+    {"add_into", add_into},
+    {NULL, NULL},
+};

@@ -1,0 +1,74 @@
+/* The kernels of minikd: what a call of one is, how a kernel is found, and how a list of calls is run.
+ *
+ * Plain C99 that knows nothing of Python. cffi reads this file too, without its lines that begin with #, so all that
+ * stands here is declarations.
+ */
+#ifndef MINIKD_KERNELS_H
+#define MINIKD_KERNELS_H
+
+#include <stdint.h>
+
+/* What a kernel returns. Any status above 0 is 1 + the first row (or place) whose label (or row number) is out of
+ * range. A kernel that returns anything but MINIKD_DONE has written nothing. */
+enum minikd_status {
+    MINIKD_DONE = 0,
+    MINIKD_BAD_TEMPERATURE = -1,
+    MINIKD_NO_MEMORY = -2
+};
+
+/* How row losses become one: their mean, their sum, or not at all. */
+enum minikd_reduction {
+    MINIKD_MEAN,
+    MINIKD_SUM,
+    MINIKD_NONE,
+    MINIKD_BATCHMEAN
+};
+
+/* The attributes of all operations under their own names; a kernel reads those of its operation. */
+typedef struct minikd_attributes {
+    uint64_t seed;
+    uint64_t stream;
+    int64_t ignore_index;
+    double label_smoothing;
+    double momentum;
+    double weight_decay;
+    double beta1;
+    double beta2;
+    double eps;
+    double p;
+    enum minikd_reduction reduction;
+    _Bool scale_t2;
+    _Bool log_target;
+    _Bool nesterov;
+    _Bool decoupled;
+} minikd_attributes;
+
+typedef struct minikd_call minikd_call;
+typedef int64_t minikd_kernel(const minikd_call *call);
+
+/* One call of a kernel: a list of these is a whole training step.
+ *
+ * buffer: in the order of the operation's signature, outputs, saved values, inputs, and before them in a vjp the
+ * gradients of the inputs and of the outputs; NULL for one that nobody needs. size: the value of each letter of the
+ * signature, in order of first appearance. Whatever may change between two runs of a list is read from a buffer. */
+struct minikd_call {
+    minikd_kernel *kernel;
+    void *buffer[16];
+    int64_t size[4];
+    minikd_attributes attribute;
+};
+
+/* Run calls in order, up to the first whose status is not MINIKD_DONE; returns the last status. */
+int64_t minikd_run(const minikd_call *calls, int64_t count);
+
+/* The names of the kernels, k = 0, 1, …; NULL behind the last. */
+const char *minikd_name(int64_t k);
+
+/* The levels of instructions that this processor runs and that were compiled, k = 0, 1, …, slowest first; NULL
+ * behind the last. There is always "base"; on x86-64 there may be "v3" (AVX2, FMA) and "v4" (AVX-512). */
+const char *minikd_level(int64_t k);
+
+/* The kernel of this name for double or float, compiled for this level; NULL if there is none. */
+minikd_kernel *minikd_find(const char *name, int is_double, const char *level);
+
+#endif

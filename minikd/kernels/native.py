@@ -1,0 +1,188 @@
+"""The C backend: which kernels the extension module holds, and how buffers become one call of a kernel.
+
+Every kernel has the same entry, one struct of buffers, sizes and attributes (csrc/kernels.h), so nothing here knows any
+kernel in particular. The kernels are compiled for several levels of instructions; the best that this processor runs is
+taken, or the one that the environment variable MINIKD_CPU names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minikd.errors import BackendError, bad_temperature, label_out_of_range
+from minikd.ops import OPS, Argument, Op
+from minikd.ops.shapes import row_out_of_range
+
+
+def _load() -> tuple[Any, str]:
+    """The extension module, or None and why it cannot be imported."""
+    try:
+        return importlib.import_module("minikd._native"), ""
+    except ImportError as error:
+        note = Path(__file__).parents[1] / "native_build_failure.txt"
+        if note.exists():
+            return None, note.read_text("utf-8").strip()
+        return None, f"the extension module minikd._native cannot be imported ({error}); reinstall minikd to build it"
+
+
+_module, _missing = _load()
+
+
+def _texts(function: str) -> Iterator[str]:
+    """The texts that a C function gives for 0, 1, … up to the first NULL."""
+    if _module is not None:
+        k = 0
+        while text := getattr(_module.lib, function)(k):
+            yield _module.ffi.string(text).decode()
+            k += 1
+
+
+NAMES: frozenset[str] = frozenset(_texts("minikd_name"))
+
+
+def cpu_levels() -> tuple[str, ...]:
+    """The levels of instructions that can be used here, slowest first."""
+    return tuple(_texts("minikd_level"))
+
+
+@cache
+def cpu_level() -> str:
+    """The level of instructions in use: the one that MINIKD_CPU names, else the best that this processor runs.
+
+    Raises
+    ------
+    BackendError : MINIKD_CPU names no level, or one that cannot be used here.
+    """
+    levels = cpu_levels()
+    wanted = os.environ.get("MINIKD_CPU") or (levels[-1] if levels else "base")
+    if levels and wanted not in levels:
+        raise BackendError(
+            "the C backend",
+            "MINIKD_CPU",
+            expected="one of " + ", ".join(levels) + ", which are the levels that this processor runs",
+            got=repr(wanted),
+            fix="Unset it to take the best.",
+        )
+    return wanted
+
+
+def unavailable() -> str:
+    """Why this backend cannot run here, or an empty text if it can."""
+    if _missing:
+        return _missing
+    try:
+        cpu_level()
+    except BackendError as error:
+        return str(error).rstrip(".")
+    return ""
+
+
+class _Place(NamedTuple):
+    """Where the value of a letter may be read: the extent of one axis of one buffer; axis -1 is all elements."""
+
+    buffer: int
+    axis: int
+
+
+def _places(arguments: Sequence[Argument], letter: str) -> tuple[_Place, ...]:
+    found = []
+    for k, argument in enumerate(arguments):
+        if letter in argument.dims:
+            found.append(_Place(k, -1 if letter == "..." else argument.dims.index(letter)))
+    return tuple(found)
+
+
+def _size(buffers: Sequence[Any], places: Sequence[_Place]) -> int:
+    for k, axis in places:
+        buffer = buffers[k]
+        if buffer is not None:
+            return int(buffer.size if axis < 0 else buffer.shape[axis])
+    return 0
+
+
+class NativeCall:
+    """One bound call of a C kernel; calling it runs the kernel.
+
+    `record` is the C struct `minikd_call`: records copied one behind the other are a list for `minikd_run`.
+    `refuse` raises what a status other than 0 stands for.
+    """
+
+    __slots__ = ("kept", "record", "refuse")
+
+    def __init__(self, record: Any, kept: Any, refuse: Callable[[int], None]) -> None:
+        self.record, self.kept, self.refuse = record, kept, refuse
+
+    def __call__(self) -> None:
+        status = _module.lib.minikd_run(self.record, 1)
+        if status:
+            self.refuse(status)
+
+
+def binder(name: str, level: str = "") -> Callable[..., NativeCall]:
+    """The binder of a kernel: ``binder(name)(*buffers, **attrs)`` is a call without arguments.
+
+    `attrs` are all attributes of the operation, `level` is one of `cpu_levels()` if not the one in use. The call keeps
+    the buffers alive.
+
+    Raises (from that call)
+    -----------------------
+    ArgumentError : a label or row number out of range, or a temperature that is not a finite number above 0;
+        nothing is written then.
+    MemoryError : there is no memory for one row.
+    """
+    op = OPS[name.removesuffix("_vjp")]
+    arguments = op.buffers if name == op.name else op.vjp_buffers
+    ffi, lib = _module.ffi, _module.lib
+    chosen = (level or cpu_level()).encode()
+    kernels = {np.dtype(f"f{8 if d else 4}"): lib.minikd_find(name.encode(), d, chosen) for d in (0, 1)}
+    reals = tuple(k for k, a in enumerate(arguments) if a.kind == "real")
+    letters = tuple(_places(arguments, letter) for letter in op.letters)
+    new, pointer, null = ffi.new, ffi.from_buffer, ffi.NULL
+
+    def bind(*buffers: Any, **attrs: Any) -> NativeCall:
+        real = next(buffers[k].dtype for k in reals if buffers[k] is not None)
+        pointers = [null if b is None else pointer(b) for b in buffers]
+        sizes = [_size(buffers, places) for places in letters]
+        record = new("minikd_call *", (kernels[real], pointers, sizes, _attributes(op, attrs)))
+        return NativeCall(record, pointers, lambda status: _refuse(op, arguments, buffers, status))
+
+    return bind
+
+
+def _attributes(op: Op, attrs: dict[str, Any]) -> dict[str, Any]:
+    """The attributes as the fields of `minikd_attributes`."""
+    fields = {name: attrs[name] for name in op.attrs}
+    if "reduction" in fields:
+        fields["reduction"] = _reductions()[fields["reduction"]]
+    for name in ("seed", "stream"):
+        if name in fields:
+            fields[name] &= 2**64 - 1
+    return fields
+
+
+@cache
+def _reductions() -> dict[str, int]:
+    """What C calls each reduction."""
+    names = ("mean", "sum", "none", "batchmean")
+    return {name: getattr(_module.lib, "MINIKD_" + name.upper()) for name in names}
+
+
+def _refuse(op: Op, arguments: Sequence[Argument], buffers: Sequence[Any], status: int) -> None:
+    """Raise what a status stands for, as the reference raises it."""
+    named = {a.name: b for a, b in zip(arguments, buffers, strict=True)}
+    sizes = {letter: _size(buffers, _places(arguments, letter)) for letter in op.letters}
+    if status == _module.lib.MINIKD_NO_MEMORY:
+        raise MemoryError(f"{op.name}: there is no memory for a row of {sizes['c']} classes")
+    if status == _module.lib.MINIKD_BAD_TEMPERATURE:
+        raise bad_temperature(op.name, float(named["temperature"]))
+    row = status - 1
+    if "rows" in named:
+        raise row_out_of_range(row, int(named["rows"][row]), sizes["n"])
+    raise label_out_of_range(op.name, row, int(named["target"][row]), sizes["c"])
