@@ -1,0 +1,5 @@
+"""`python -m minikd` is the command `minikd`."""
+
+from minikd.cli import main
+
+raise SystemExit(main())

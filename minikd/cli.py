@@ -1,0 +1,426 @@
+"""The command `minikd`: distil a teacher into a student, and say what came of it.
+
+Each subcommand is one entry of COMMANDS. The options of `minikd distill` are the fields of `Settings`, one each; what
+an option does not say is taken from the TOML file of --config, and what that leaves out is the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import minikd
+from minikd.data.sources import NAMED
+from minikd.distillation import DistillResult, Experiment, Settings, full_sizes
+from minikd.errors import MinikdError
+from minikd.kernels import current_backend
+from minikd.report import RunFolder, Table, Watcher, environment_table, from_toml, results_table, show, verdicts, watch
+from minikd.report.config import LAYERS, setting_types
+from minikd.report.progress import training_in_words
+from minikd.report.table import show_sentence
+
+OK, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141  # exit codes; the last two are 128 + the signal, as in a shell
+
+
+# --- settings as texts on the command line ---
+
+MOST_SEEDS = 1000
+
+
+def read_layers(text: str) -> tuple[int, ...]:
+    """Layer sizes from "256-256" or "256,256"; "none" is no hidden layer."""
+    if text.strip().lower() == "none":
+        return ()
+    if not re.fullmatch(r"\s*\d+(\s*[-,x]\s*\d+)*\s*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"must be layer sizes such as 256-256, or none; got {text!r}")
+    return tuple(int(size) for size in re.findall(r"\d+", text))
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """Seeds from a list of seeds and ranges: "0-4", "0,1,2", "0-2,7"; a single number is that one seed."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first or last - first >= MOST_SEEDS:
+            raise argparse.ArgumentTypeError(f"must be seeds such as 0-4 or 0,1,7, {MOST_SEEDS} at most; got {text!r}")
+        seeds += range(first, last + 1)
+    return tuple(seeds)
+
+
+def _read_flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false; got {text!r}")
+    return text.lower() == "true"
+
+
+def _read_number(kind: Callable[[str], Any], words: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {words}; got {text!r}") from None
+
+    return read
+
+
+def layers_in_words(sizes: Sequence[int]) -> str:
+    """The text that `read_layers` reads."""
+    return "-".join(map(str, sizes)) or "none"
+
+
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """The text that `read_seeds` reads, neighbours as ranges."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+class Text(NamedTuple):
+    """How a setting stands on the command line: its placeholder, how it is read and how it is shown."""
+
+    metavar: str
+    read: Callable[[str], Any]
+    show: Callable[[Any], str]
+
+
+TEXTS: dict[Any, Text] = {
+    str: Text("TEXT", str, str),
+    int: Text("N", _read_number(int, "a whole number"), str),
+    float: Text("X", _read_number(float, "a number"), lambda value: f"{value:g}"),
+    bool: Text("true|false", _read_flag, lambda value: str(value).lower()),
+    LAYERS: Text("SIZES", read_layers, layers_in_words),
+}
+# Settings whose text is not that of their type, and what their help says beyond the setting's own.
+SPECIAL = {"seeds": Text("SEEDS", read_seeds, seeds_in_words)}
+MORE_HELP = {
+    "teacher": "256-256 or 256,256, none for no hidden layer, or all layers with features and classes: 64-256-256-10",
+    "student": "written as the teacher's",
+    "seeds": "a list of seeds and ranges: 0-4, or 0,1,7; a single number is that one seed",
+}
+
+
+def option_name(setting: str) -> str:
+    """The option of a setting: --batch-size of batch_size."""
+    return "--" + setting.replace("_", "-")
+
+
+# --- minikd distill ---
+
+
+def distill_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each setting, and where the results go."""
+    output = parser.add_argument_group("configuration and output")
+    output.add_argument("--config", metavar="FILE.toml", help="settings from a file, under the options' names with _")
+    output.add_argument("--out", metavar="FOLDER", default="", help="for the results (default: runs/DATA-DATE-TIME)")
+    output.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in the folder")
+    output.add_argument("--quiet", action="store_true", help="no progress and no table, the verdict alone")
+    group = parser.add_argument_group(
+        "settings", "An option wins over the file of --config, and that over the default."
+    )
+    types = setting_types()
+    for field in dataclasses.fields(Settings):
+        text = SPECIAL.get(field.name, TEXTS[types[field.name]])
+        default = text.show(field.default)
+        words = [field.metadata["help"], MORE_HELP.get(field.name, "")]
+        help_text = "; ".join(filter(None, words)) + (f" (default: {default})" if default else "")
+        group.add_argument(
+            option_name(field.name),
+            metavar=text.metavar,
+            type=text.read,
+            default=argparse.SUPPRESS,
+            help=help_text.replace("%", "%%"),
+        )
+
+
+def read_settings(options: argparse.Namespace) -> tuple[Settings, dict[str, str]]:
+    """The settings of a command line and its --config, and where each came from: an option or a key of the file."""
+    names = [field.name for field in dataclasses.fields(Settings)]
+    from_file = from_toml(options.config) if options.config else {}
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    origins = {name: f"{option_name(name)} (its default)" for name in names}
+    if os.environ.get("MINIKD_BACKEND"):
+        origins["backend"] = "MINIKD_BACKEND"
+    origins |= {name: f"{options.config}: {name}" for name in from_file}
+    origins |= {name: option_name(name) for name in given}
+    settings = Settings(**{**from_file, **given})
+    if settings.data.lower() not in NAMED and Path(settings.data).exists():
+        settings = dataclasses.replace(settings, data=str(Path(settings.data).absolute()))  # for config.toml's sake
+    return settings, origins
+
+
+# Where an error is raised, and the argument that it names → the setting that it is about.
+SETTING_OF = {("data.load", "source"): "data", ("use_backend", "name"): "backend"}
+
+
+@contextmanager
+def naming(origins: dict[str, str]) -> Iterator[None]:
+    """An error about a setting names the option or the key of the file that it came from."""
+    try:
+        yield
+    except MinikdError as error:
+        setting = error.argument if error.where == "settings" else SETTING_OF.get((error.where, error.argument), "")
+        if setting not in origins:
+            raise
+        described = {"expected": error.expected, "got": error.got, "fix": error.fix}
+        raise type(error)("minikd distill", origins[setting], **described) from error
+
+
+def distill(options: argparse.Namespace) -> int:
+    """Train, write the folder, and print the table and the verdict."""
+    began = time.monotonic()
+    settings, origins = read_settings(options)
+    folder = RunFolder(options.out, options.overwrite) if options.out else RunFolder.fresh(settings.data)
+    watcher = watch(sys.stderr, options.quiet)
+    with naming(origins):
+        experiment = Experiment(
+            settings, on_progress=watcher, on_model=lambda: folder.write_results(experiment.result())
+        )
+        folder.begin(settings)
+    introduce(experiment, options.quiet)
+    interrupted = False
+    try:
+        with watcher:
+            experiment.run()
+    except KeyboardInterrupt:
+        interrupted = True
+    result = experiment.result()
+    folder.write_results(result)
+    missing = draw(folder, result)
+    if interrupted:
+        print(f"\n{what_was_lost(result, watcher, folder)}", file=sys.stderr, flush=True)
+    conclude(result, folder, missing, options.quiet, time.monotonic() - began)
+    return INTERRUPTED if interrupted else OK
+
+
+def draw(folder: RunFolder, result: DistillResult) -> str:
+    """Draw the pictures; returns why there are none, or an empty text."""
+    try:
+        folder.write_pictures(result)
+    except ImportError:
+        return "Pictures were left out: pip install 'minikd[cli]' brings matplotlib, which draws them."
+    return ""
+
+
+def introduce(experiment: Experiment, quiet: bool) -> None:
+    """Say what is about to be trained, and warn of a student that is larger than its teacher."""
+    settings, data = experiment.settings, experiment.dataset
+    teacher, student = (full_sizes(s, data.features, data.classes) for s in (settings.teacher, settings.student))
+    large, small = parameters(teacher), parameters(student)
+    if small > large:
+        message = f"the student has {small:,} parameters, more than the {large:,} of its teacher"
+        warnings.warn(f"{message}; distillation is meant for a smaller one.", stacklevel=2)
+    if quiet:
+        return
+    rows = ", ".join(f"{part} {count:,}" for part, count in data.sizes.items())
+    ratio = f", {large / small:.0f} times fewer" if large >= 2 * small else ""
+    weights = f"hard weight {settings.hard_weight:g}, soft weight {settings.soft_weight:g}"
+    lines = [
+        ("data", f"{data.name}: {rows}; {data.features:,} features, {data.classes:,} classes"),
+        ("teacher", f"{layers_in_words(teacher)}, {large:,} parameters"),
+        ("student", f"{layers_in_words(student)}, {small:,} parameters{ratio}"),
+        ("loss", f"T = {settings.temperature:g}, {weights}"),
+        ("run", f"{experiment.trainings} trainings, {_seeds(settings.seeds)}, backend {current_backend()}"),
+    ]
+    show(Table(("", ""), "<<", lines), sys.stdout)
+    print(flush=True)
+
+
+def parameters(sizes: Sequence[int]) -> int:
+    """How many numbers layers of these sizes hold, biases included."""
+    return sum((inputs + 1) * outputs for inputs, outputs in itertools.pairwise(sizes))
+
+
+def what_was_lost(result: DistillResult, watcher: Watcher, folder: RunFolder) -> str:
+    """After Ctrl-C: which seeds are complete, which are not, where the training was, and where the files are."""
+    complete, wanted = result.report["seeds"], result.report["requested_seeds"]
+    lost = [seed for seed in wanted if seed not in complete]
+    parts = ["minikd distill: interrupted."]
+    parts.append(f"Complete: {_seeds(complete)}." if complete else "No seed is complete, so there are no figures.")
+    if lost:
+        last = watcher.last
+        where = f", stopped at {training_in_words(last)}, epoch {last.epoch} of {last.epochs}" if last else ""
+        parts.append(f"Lost: {_seeds(lost)}{where}.")
+    return " ".join([*parts, f"{'What is complete' if complete else 'The history so far'} is in {folder.path}."])
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {seeds_in_words(seeds)}"
+
+
+def conclude(result: DistillResult, folder: RunFolder, missing: str, quiet: bool, seconds: float) -> None:
+    """Print the table, the verdict, the files, and what to do next."""
+    out, complete = sys.stdout, bool(result.report["seeds"])
+    if complete and not quiet:
+        show(results_table(result.report), out)
+        print(file=out)
+    if complete:
+        for kind, sentence in verdicts(result.report):
+            show_sentence(kind, sentence, out)
+    if quiet:
+        print(f"Files are in {folder.path}", file=out)
+        return
+    print(f"\nFiles in {folder.path}:", file=out)
+    show(Table(("", ""), "<<", folder.files()), out)
+    if missing:
+        print(f"\n{missing}", file=out)
+    print(f"\nTotal time: {seconds:.1f} s. Everything can be changed: minikd distill --help", file=out)
+
+
+# --- minikd info ---
+
+
+def no_options(parser: argparse.ArgumentParser) -> None:
+    """For a subcommand that has none."""
+
+
+def info(options: argparse.Namespace) -> int:
+    """Print what there is on this machine."""
+    show(environment_table(), sys.stdout)
+    return OK
+
+
+# --- the command ---
+
+
+class Command(NamedTuple):
+    """One subcommand: what it does in a line, an example, its options, and the function that runs it."""
+
+    summary: str
+    example: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+COMMANDS = {
+    "distill": Command(
+        "train a teacher, distil it into a small student, and say whether that helped",
+        """\
+examples:
+  minikd distill
+  minikd distill --student 32 --temperature 4 --labels 50 --seeds 0-9 --out runs/mine
+  minikd distill --data measurements.csv --label-column kind
+  minikd distill --config runs/mine/config.toml --out runs/again""",
+        distill_options,
+        distill,
+    ),
+    "info": Command(
+        "show versions, backends, extras and data sets on this machine",
+        "example:\n  minikd info",
+        no_options,
+        info,
+    ),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser with an error that is one message and not the list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (--[\w-]+): ", r"\1 ", message)
+        self.exit(FAILED, f"{self.prog}: error: {message}\n(Try {self.prog} --help.)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `minikd` and all its subcommands."""
+    form = argparse.RawDescriptionHelpFormatter
+    example = "example:\n  minikd distill\n\nEach command has a --help of its own."
+    about = "Knowledge distillation without a deep-learning framework."
+    whole = Parser("minikd", description=about, epilog=example, formatter_class=form, allow_abbrev=False)
+    version = f"minikd {minikd.__version__}"
+    whole.add_argument("--version", action="version", version=version)
+    commands = whole.add_subparsers(title="commands", dest="command", metavar="COMMAND", parser_class=Parser)
+    for name, command in COMMANDS.items():
+        summary = command.summary[0].upper() + command.summary[1:] + "."
+        one = commands.add_parser(
+            name,
+            help=command.summary,
+            usage=f"minikd {name} [options]",
+            description=summary,
+            epilog=command.example,
+            formatter_class=form,
+            allow_abbrev=False,
+        )
+        one.add_argument("--version", action="version", version=version)
+        command.options(one)
+    return whole
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 2 after an error, 130 after Ctrl-C.
+
+    Errors are one message on stderr; MINIKD_DEBUG=1 shows where they came from.
+    """
+    name = "minikd"
+    try:
+        try:
+            _survive_narrow_encodings()
+            whole = parser()
+            options = whole.parse_args(arguments)
+            if options.command is None:
+                whole.print_help()
+                return OK
+            name = f"minikd {options.command}"
+            with _warnings_in_words(name):
+                return COMMANDS[options.command].run(options)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _let_go_of_stdout()
+        return BROKEN_PIPE
+    except (MinikdError, OSError, MemoryError) as error:
+        if os.environ.get("MINIKD_DEBUG") == "1":
+            raise
+        print(f"{name}: error: {_in_words(error).removeprefix(f'{name}: ')}", file=sys.stderr)
+        _let_go_of_stdout()
+        return FAILED
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return f"There is not enough memory ({error}). Use smaller layers or smaller batches."
+    return str(error)
+
+
+@contextmanager
+def _warnings_in_words(name: str) -> Iterator[None]:
+    """Warnings as one line on stderr, without the line of code that gave them."""
+
+    def tell(message: Warning | str, *details: Any, **more: Any) -> None:
+        print(f"{name}: warning: {message}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = tell
+        yield
+
+
+def _survive_narrow_encodings() -> None:
+    """Where the terminal's encoding lacks a character, print ? and do not fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _let_go_of_stdout() -> None:
+    """Point stdout to nowhere if it cannot be written, or Python complains of it once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
