@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from minikd import metrics
 from minikd.data import Dataset, batches, load
 from minikd.errors import ArgumentError, ShapeError
 from minikd.kernels import BACKENDS, current_backend, use_backend
+from minikd.kernels.blas import threads_for
 from minikd.nn import MLP, Module
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.optim import OPTIMIZERS, SCHEDULES
@@ -203,8 +205,7 @@ def fit(
         raise ArgumentError("fit", "y", expected="at least one label where there is no teacher", got="none")
     per_epoch = math.ceil(len(x) / batch_size)
     steps = epochs * per_epoch
-    options = {"weight_decay": weight_decay, "max_norm": max_norm or None}
-    opt = OPTIMIZERS[optimizer](model.parameters(), lr, **options)
+    opt = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay=weight_decay, max_norm=max_norm or None)
     factor = SCHEDULES[schedule](steps)
     model.train()
     total, told = 0.0, time.monotonic()
@@ -280,10 +281,12 @@ def t_quantile(degrees: int) -> float:
     return T_95[degrees - 1] if degrees <= len(T_95) else 1.960 + 2.372 / degrees
 
 
-def compare(alone: Sequence[float], distilled: Sequence[float]) -> dict[str, Any]:
+def compare(alone: Sequence[float], distilled: Sequence[float], resolution: float = 0.0) -> dict[str, Any]:
     """The paired differences distilled - alone, their mean and 95 % t-interval, and the verdict that it allows.
 
     "helped" or "hurt" where the interval leaves out 0, else "no clear difference"; "not enough seeds" below two.
+    The deviation is taken to be at least `resolution`, the accuracy that one row of the test part is worth: two seeds
+    that happen to gain the same few rows prove nothing.
     """
     differences = [float(d - a) for a, d in zip(alone, distilled, strict=True)]
     n = len(differences)
@@ -291,7 +294,8 @@ def compare(alone: Sequence[float], distilled: Sequence[float]) -> dict[str, Any
     interval = None
     verdict = "not enough seeds"
     if n >= 2:
-        half = t_quantile(n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
+        deviation = max(float(np.std(differences, ddof=1)), resolution)
+        half = t_quantile(n - 1) * deviation / math.sqrt(n)
         interval = [float(np.mean(differences)) - half, float(np.mean(differences)) + half]
         verdict = "helped" if interval[0] > 0 else "hurt" if interval[1] < 0 else "no clear difference"
     difference = {"per_seed": differences, "mean": mean, "interval": interval, "confidence": 0.95}
@@ -394,7 +398,8 @@ class Experiment:
         labelled = int((dataset.y_train != UNLABELLED).sum())
         if settings.labels > labelled:
             expected = f"at most {labelled}, the labelled rows of the training part"
-            raise ArgumentError("settings", "labels", expected=expected, got=str(settings.labels))
+            fix = "Give fewer, or 0 to leave out the situation with few labels."
+            raise ArgumentError("settings", "labels", expected=expected, got=str(settings.labels), fix=fix)
         self.settings, self.dataset, self.alone = settings, dataset, alone
         self._teacher: Any = teacher
         self._student: Any = student
@@ -422,10 +427,18 @@ class Experiment:
         """Train everything; an exception or Ctrl-C passes through, and `result` then holds what was complete."""
         self._started = time.monotonic()
         try:
-            for seed in self.settings.seeds:
-                self._run_seed(seed)
+            with threads_for(self._largest_product()):
+                for seed in self.settings.seeds:
+                    self._run_seed(seed)
         finally:
             self._seconds = time.monotonic() - self._started
+
+    def _largest_product(self) -> int:
+        """Multiply-adds of the largest matrix product in a step of any model that is trained here."""
+        networks = [self._sizes(self.settings.student)]
+        if self._teacher is None:
+            networks.append(self._sizes(self.settings.teacher))
+        return self.settings.batch_size * max(a * b for sizes in networks for a, b in itertools.pairwise(sizes))
 
     def _run_seed(self, seed: int) -> None:
         data = self.dataset
@@ -638,7 +651,7 @@ class Experiment:
             "teacher": teacher,
             "student_alone": alone,
             "student_distilled": distilled,
-            **compare(*paired),
+            **compare(*paired, resolution=1 / len(self.dataset.y_test)),
         }
 
     def _figures(self, situation: str, name: str, seeds: list[int]) -> dict[str, Any]:

@@ -331,7 +331,8 @@ def distillation_loss(
     student_logits, teacher_logits : (n, c) raw scores. The teacher is a constant: no gradient flows into it.
         A teacher known by its probabilities only is given as their logarithm; -inf is probability 0 at every T.
     target : (n,) class ids, (n, c) class probabilities, or None for no hard term.
-    temperature : T > 0; 4 by default, the middle of the range 2.5 to 4 … 20 that Hinton et al. found useful.
+    temperature : T > 0; 4 by default, within the range of 2.5 to 20 that Hinton et al. found useful. Above 1e9 it is
+        computed as 1e9, where the limit of formula 6 is reached to nine digits.
     hard_weight, soft_weight : the two weights, never derived from one another ("alpha" weights the hard term in some
         toolkits and the soft term in others). A weight of 0 leaves its term out.
     reduction : "mean" is the mean of the hard term over labelled rows plus the mean of the soft term over all rows;

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 SWEEP_AT = 1024
 
 
+class Recordable:
+    """What `record` takes for a tensor: the base of `Tensor`, so that the tape need not import it."""
+
+    __slots__ = ()
+
+
 class Node:
     """One operation that ran: what it read and wrote, as far as its vjp wants them back."""
 
@@ -136,7 +142,7 @@ def record(name: str, inputs: Sequence[Any], make: Any, **attrs: Any) -> Tensor:
     attrs : the operation's attributes.
     """
     op = OPS[name]
-    parents = [x if hasattr(x, "requires_grad") else None for x in inputs]
+    parents: list[Any] = [x if isinstance(x, Recordable) else None for x in inputs]
     arguments = input_arguments(op, len(inputs))
     differentiable = [p for a, p in zip(arguments, parents, strict=True) if a.name in op.wrt and p is not None]
     differentiated = [p for p in differentiable if p.requires_grad]

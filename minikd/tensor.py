@@ -14,7 +14,7 @@ from minikd.kernels import as_real, bind
 Axis = int | tuple[int, ...] | None
 
 
-class Tensor:
+class Tensor(tape.Recordable):
     """A float32 or float64 array that remembers how it was computed.
 
     Parameters

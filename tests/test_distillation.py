@@ -139,6 +139,12 @@ def test_a_difference_whose_interval_holds_zero_is_not_clear() -> None:
     assert compare([0.8, 0.9], [0.8, 0.9])["verdict"] == "no clear difference"
 
 
+def test_seeds_that_gain_the_same_single_test_row_prove_nothing() -> None:
+    alone, distilled = [0.9500, 0.9525], [0.9525, 0.9550]
+    assert compare(alone, distilled, resolution=1 / 400)["verdict"] == "no clear difference"
+    assert compare([0.80, 0.80], [0.90, 0.90], resolution=1 / 400)["verdict"] == "helped"
+
+
 def test_one_seed_allows_no_verdict() -> None:
     assert compare([0.8], [0.9])["verdict"] == "not enough seeds"
     assert compare([], [])["difference"]["mean"] is None

@@ -148,13 +148,14 @@ def bind(name: str, *buffers: Any, **attrs: Any) -> Call:
         expected = ", ".join(a.name for a in arguments)
         raise ShapeError(name, "buffers", expected=expected, got=f"{len(buffers)} buffers")
     full = {**op.attrs, **attrs}
-    shapes = _check(op, arguments, buffers)
+    shapes = _check(op, arguments, buffers, written=("din",) if backward else ("out", "update", "saved"))
     op.sizes(arguments, shapes)
     op.check_worked_out(arguments, shapes, full)
     return _binder(name)(*buffers, **full)
 
 
-def _check(op: Op, arguments: Sequence[Argument], buffers: Sequence[Any]) -> list[Shape | None]:
+def _check(op: Op, arguments: Sequence[Argument], buffers: Sequence[Any], written: Sequence[str]) -> list[Shape | None]:
+    """The buffers' shapes, once each is known to have its dtype, to lie in one piece and be writable if written."""
     real = None
     shapes: list[Shape | None] = []
     for argument, buffer in zip(arguments, buffers, strict=True):
@@ -168,6 +169,8 @@ def _check(op: Op, arguments: Sequence[Argument], buffers: Sequence[Any]) -> lis
             dtype = real = buffer.dtype if buffer.dtype in FLOATS else FLOATS[0]
         if buffer.dtype != dtype:
             raise DTypeError(op.name, argument.name, expected=f"an array of {dtype}", got=str(buffer.dtype))
+        if argument.role in written and not buffer.flags.writeable:
+            raise ShapeError(op.name, argument.name, expected="writable", got="a read-only array")
         if not buffer.flags.c_contiguous:
             raise ShapeError(op.name, argument.name, expected="C-contiguous", got=f"strides {buffer.strides}")
         shapes.append(buffer.shape)

@@ -20,7 +20,7 @@ from numba.extending import overload
 
 from minikd.kernels.jit import CODES
 from minikd.ops.elementwise import NORMAL_TAIL, NORMAL_TAIL_SHIFT
-from minikd.ops.losses import LARGEST_FACTOR
+from minikd.ops.losses import LARGEST_TEMPERATURE
 from minikd.ops.random import PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL
 
 DONE, BAD_TEMPERATURE = 0, -1  # any status above 0 is 1 + the first row whose label is out of range
@@ -553,6 +553,7 @@ def distillation_loss(
     status = bad_label(target, c, ignore_index)
     if status:
         return status
+    t = min(t, LARGEST_TEMPERATURE)
     inverse_t, inverse_t_real = inverse_temperature(t, temperature), inverse_temperature(t, student_logits)
     peak, base = 1.0 - label_smoothing, label_smoothing / c
     labelled = 0
@@ -575,8 +576,8 @@ def distillation_loss(
             total_q = weights(q, teacher_logits, i, top_t, inverse_t_real)
             kl = relative_entropy(p, q, total_p, total_q, student_logits, teacher_logits, top_s, top_t, i, inverse_t)
             kl = 0.0 if kl < 0 else kl
-            row += soft * (min(t, LARGEST_FACTOR) ** 2 if scale_t2 else 1.0) * kl
-        soft_factor = real(min(soft * (t if scale_t2 else inverse_t), np.float64(np.finfo(p.dtype).max)))
+            row += soft * (t * t if scale_t2 else 1.0) * kl
+        soft_factor = real(soft * (t if scale_t2 else inverse_t))
 
         # hard: cross-entropy at T = 1, gradient softmax(z) - y, for the rows that carry a label
         has_label = hard != 0 and target[i] != ignore_index

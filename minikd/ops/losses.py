@@ -257,7 +257,9 @@ register(
 # --- distillation ---
 
 
-LARGEST_FACTOR = 1e150  # T² is kept finite, so that 0·T² is 0
+# Higher temperatures are computed as this one: T²·KL and T·(p - q) have then reached their limits to nine digits, and
+# nothing can overflow or vanish.
+LARGEST_TEMPERATURE = 1e9
 
 
 def weighted(xp: Any, weight: float, value: Any) -> Any:
@@ -281,14 +283,15 @@ def _distillation_loss(
     label_smoothing: float,
 ) -> None:
     n, c = student_logits.shape
-    t, hard_weight, soft_weight = float(temperature), float(hard_weight), float(soft_weight)
-    inverse_t = inverse_temperature("distillation_loss", t, np.float64)
+    hard_weight, soft_weight = float(hard_weight), float(soft_weight)
+    inverse_t = max(inverse_temperature("distillation_loss", temperature, np.float64), 1 / LARGEST_TEMPERATURE)
+    t = min(float(temperature), LARGEST_TEMPERATURE)
 
     # soft: T²·KL(q ‖ p), gradient T·(p - q)
     p, log_p = softened(xp, student_logits, inverse_t)
     q, log_q = softened(xp, teacher_logits, inverse_t)
     kl, difference = relative_entropy(xp, p, q, log_p - log_q)
-    soft = weighted(xp, soft_weight, (min(t, LARGEST_FACTOR) ** 2 if scale_t2 else 1.0) * kl)
+    soft = weighted(xp, soft_weight, (t * t if scale_t2 else 1.0) * kl)
     soft_gradient = weighted(xp, soft_weight * (t if scale_t2 else inverse_t), difference)
 
     # hard: cross-entropy at T = 1, gradient softmax(z) - y, for the rows that carry a label
