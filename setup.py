@@ -16,7 +16,7 @@ from pathlib import Path
 from cffi import FFI
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
 CSRC = Path("csrc")
 REASON = Path("minikd", "native_build_failure.txt")
@@ -31,10 +31,12 @@ LEVELS: dict[str, list[str]] = {
 NUMBERS: dict[str, list[tuple[str, str | None]]] = {"float": [], "double": [("MINIKD_DOUBLE", None)]}
 
 # No -ffast-math: infinities and NaN are results here. The rest lets the compiler forget errno and signalling NaN.
-STRICT = ["-std=c99", "-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+STRICT = ["-std=c99", "-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0"]
 SIMD = ["-fopenmp-simd", "-DMINIKD_SIMD"]
 # Peeling rounds off a loop until its array is aligned would let a sum depend on where the array lies.
 NO_PEELING = ["--param=vect-max-peeling-for-alignment=0"]
+
+FAILURES = (BaseError, CCompilerError, OSError)
 
 
 def declarations() -> str:
@@ -54,7 +56,7 @@ class BuildKernels(build_ext):
             (folder / REASON).unlink(missing_ok=True)
         try:
             super().run()
-        except (BaseError, OSError) as error:
+        except FAILURES as error:
             if os.environ.get("MINIKD_REQUIRE_C") == "1":
                 raise
             reason = explanation(error)
@@ -98,7 +100,7 @@ class BuildKernels(build_ext):
             source.write_text("int accepts;\n", "utf-8")
             try:
                 self.compiler.compile([str(source)], output_dir=folder, extra_postargs=["-Werror", *flags])
-            except (BaseError, OSError):
+            except FAILURES:
                 return False
         return True
 

@@ -329,30 +329,48 @@ INLINE real second_order(real delta)
     return fused(s, delta, (real)0.5);
 }
 
-/* What one row's soft term is computed with: p = weight·per_p, q = weight·per_q, δ = log p - log q. */
+/* What one row's soft term is computed with: p = weight·per_p, q = weight·per_q, and in two parts each
+ * δ = log p - log q = (z_s - z_t)·inverse + shift. */
 typedef struct {
     real per_p, per_q;
-    real shift; /* δ = (z_s - z_t)/T + shift */
-    real near;  /* p - q is taken from the series where |δ| is below this */
+    real inverse, inverse_rest;
+    real shift, shift_rest;
 } soft_row;
 
 INLINE soft_row soft_row_of(real top_s, real top_t, double total_p, double total_q, double inverse_t)
 {
-    const double shift = logarithm(total_q / total_p) - ((double)top_s - top_t) * inverse_t;
-    /* where the shift is large, δ is a small difference of large numbers, and p - q itself is more exact */
-    const soft_row row = {(real)(1 / total_p), (real)(1 / total_q), (real)shift, fabs(shift) < 2 ? NEAR : 0};
+    const double s = top_s, t = top_t, gap = s - t, lost = (s - (gap - (gap - s))) - (t + (gap - s));
+    const double shift = logarithm(total_q / total_p) - gap * inverse_t;
+    soft_row row;
+    row.per_p = (real)(1 / total_p);
+    row.per_q = (real)(1 / total_q);
+    row.inverse = (real)inverse_t;
+    row.inverse_rest = (real)(inverse_t - row.inverse);
+    row.shift = (real)shift;
+    row.shift_rest = (real)((shift - row.shift) - lost * inverse_t);
     return row;
+}
+
+/* log p - log q, which is a small difference of large numbers where the soft labels agree: so the gap between the
+ * logits is taken without rounding (Knuth's two-sum), and the rest of each part is carried along. */
+INLINE real log_ratio(const soft_row *row, real z_s, real z_t)
+{
+    const real gap = z_s - z_t, back = gap - z_s;
+    const real lost = (z_s - (gap - back)) - (z_t + back);
+    const real gap_rest = gap - gap == 0 ? lost : 0; /* nothing is lost from an infinite gap */
+    const real rest = fused(gap, row->inverse_rest, fused(gap_rest, row->inverse, row->shift_rest));
+    return exact_product(gap, row->inverse, row->shift) + rest;
 }
 
 /* q·(e^δ - 1 - δ), whose sum is KL(q ‖ p) because Σp = Σq: no term is negative, nothing cancels when p ≈ q.
  * difference = p - q. Near δ = 0 both come from the series; where q = 0 both are p. */
-INLINE real soft_term(const soft_row *row, real p_weight, real q_weight, real gap, real inverse_t, real *difference)
+INLINE real soft_term(const soft_row *row, real p_weight, real q_weight, real z_s, real z_t, real *difference)
 {
     const real p = p_weight * row->per_p, q = q_weight * row->per_q;
-    const real delta = fused(gap, inverse_t, row->shift), size = REAL(fabs)(delta);
+    const real delta = log_ratio(row, z_s, z_t), size = REAL(fabs)(delta);
     const real d = size < NEAR ? delta : 0, tail = d * d * second_order(d);
     const real series = q * (d + tail), direct = p - q, small = q * tail, large = direct - q * delta;
-    *difference = q == 0 ? p : size < row->near ? series : direct;
+    *difference = q == 0 ? p : size < NEAR ? series : direct;
     return q == 0 ? p : size < NEAR ? small : large;
 }
 
@@ -393,7 +411,7 @@ static double soft_loss(const distillation *d, real *dz, const real *z_s, const 
                         real hard_factor)
 {
     const soft_row fixed = *row;
-    const real inverse_t = (real)d->inverse_t, soft_factor = d->soft_factor;
+    const real soft_factor = d->soft_factor;
     real term[BLOCK], unused[BLOCK];
     double kl = 0;
     if (!dz)
@@ -405,7 +423,7 @@ static double soft_loss(const distillation *d, real *dz, const real *z_s, const 
         SIMD
         for (int64_t j = 0; j < count; j++) {
             real difference;
-            term[j] = soft_term(&fixed, p[j], q[j], zs[j] - zt[j], inverse_t, &difference);
+            term[j] = soft_term(&fixed, p[j], q[j], zs[j], zt[j], &difference);
             out[j] = fused(difference, soft_factor, out[j] * hard_factor);
         }
         kl += sum(term, count);
@@ -441,7 +459,7 @@ static double distillation_row(const distillation *d, real *dz, const real *z_s,
     const real top_s = maximum(z_s, c);
     double loss = 0, total_e = 0;
     real hard_factor = 0;
-    soft_row row = {0, 0, 0, 0};
+    soft_row row = {0, 0, 0, 0, 0, 0};
     if (is_soft)
         row = soft_weights(d, dz, z_s, z_t, top_s, &total_e);
     if (is_hard) {
@@ -467,9 +485,9 @@ static void distillation_tile(const distillation *d, double *loss, real *dz, con
                               const int64_t *y, int64_t count)
 {
     const int64_t c = d->c, size = c * LANES;
-    const real inverse_t = (real)d->inverse_t, soft_factor = d->soft_factor;
+    const real soft_factor = d->soft_factor;
     real tile_s[NARROW * LANES], tile_t[NARROW * LANES], e[NARROW * LANES], p[NARROW * LANES], q[NARROW * LANES];
-    real top_s[LANES], top_t[LANES], factor[LANES] = {0}, per_p[LANES], per_q[LANES], shift[LANES], near[LANES];
+    real top_s[LANES], top_t[LANES], factor[LANES] = {0}, per_p[LANES], per_q[LANES], shift[LANES], shift_rest[LANES];
     double total_e[LANES] = {0}, total_p[LANES], total_q[LANES], log_e[LANES], kl[LANES] = {0};
     int labelled = 0;
     for (int64_t l = 0; l < count; l++)
@@ -506,20 +524,21 @@ static void distillation_tile(const distillation *d, double *loss, real *dz, con
         }
     }
     if (d->soft_scale != 0) {
+        const real inverse = (real)d->inverse_t, inverse_rest = (real)(d->inverse_t - inverse);
         SIMD
         for (int l = 0; l < LANES; l++) {
             const soft_row row = soft_row_of(top_s[l], top_t[l], total_p[l], total_q[l], d->inverse_t);
             per_p[l] = row.per_p;
             per_q[l] = row.per_q;
             shift[l] = row.shift;
-            near[l] = row.near;
+            shift_rest[l] = row.shift_rest;
         }
         for (int64_t j = 0; j < size; j += LANES) {
             SIMD
             for (int l = 0; l < LANES; l++) {
-                const soft_row row = {per_p[l], per_q[l], shift[l], near[l]};
+                const soft_row row = {per_p[l], per_q[l], inverse, inverse_rest, shift[l], shift_rest[l]};
                 real difference;
-                kl[l] += soft_term(&row, p[j + l], q[j + l], tile_s[j + l] - tile_t[j + l], inverse_t, &difference);
+                kl[l] += soft_term(&row, p[j + l], q[j + l], tile_s[j + l], tile_t[j + l], &difference);
                 e[j + l] = fused(difference, soft_factor, e[j + l]);
             }
         }

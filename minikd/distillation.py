@@ -58,9 +58,9 @@ class Settings:
     teacher_lr: float = option(0.002, "learning rate of the teacher at its start")
     student: tuple[int, ...] = option((16,), "hidden layers of the student")
     activation: str = option("relu", "relu, gelu, tanh or sigmoid, in both networks")
-    temperature: float = option(2.0, "softens teacher and student in the soft term; above 0")
-    hard_weight: float = option(0.1, "weight of the cross-entropy with the labels")
-    soft_weight: float = option(0.9, "weight of T²·KL(teacher ‖ student)")
+    temperature: float = option(4.0, "softens teacher and student in the soft term; above 0")
+    hard_weight: float = option(0.5, "weight of the cross-entropy with the labels")
+    soft_weight: float = option(0.5, "weight of T²·KL(teacher ‖ student)")
     labels: int = option(100, "rows that are labelled for the student in the second situation; 0 leaves it out")
     epochs: int = option(60, "passes of the student over the training part")
     batch_size: int = option(64, "rows in a batch")
@@ -165,9 +165,9 @@ def fit(
     y: np.ndarray,
     teacher_logits: np.ndarray | None = None,
     *,
-    temperature: float = 2.0,
-    hard_weight: float = 0.1,
-    soft_weight: float = 0.9,
+    temperature: float = 4.0,
+    hard_weight: float = 0.5,
+    soft_weight: float = 0.5,
     epochs: int = 60,
     batch_size: int = 64,
     optimizer: str = "adam",
