@@ -62,6 +62,8 @@ class BuildKernels(build_ext):
             reason = explanation(error)
             print(f"warning: minikd is built without its C kernels: {reason}", file=sys.stderr)
             for folder in outputs:
+                for ext in self.extensions:  # an older module would be kernels of another source
+                    (folder / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
                 (folder / REASON).parent.mkdir(parents=True, exist_ok=True)
                 (folder / REASON).write_text(reason + "\n", "utf-8")
             self.extensions = []

@@ -357,9 +357,9 @@ INLINE real log_ratio(const soft_row *row, real z_s, real z_t)
 {
     const real gap = z_s - z_t, back = gap - z_s;
     const real lost = (z_s - (gap - back)) - (z_t + back);
-    const real gap_rest = gap - gap == 0 ? lost : 0; /* nothing is lost from an infinite gap */
-    const real rest = fused(gap, row->inverse_rest, fused(gap_rest, row->inverse, row->shift_rest));
-    return exact_product(gap, row->inverse, row->shift) + rest;
+    const real rest = fused(gap, row->inverse_rest, fused(lost, row->inverse, row->shift_rest));
+    const real rest_or_0 = gap - gap == 0 ? rest : 0; /* an infinite gap has none */
+    return exact_product(gap, row->inverse, row->shift) + rest_or_0;
 }
 
 /* q·(e^δ - 1 - δ), whose sum is KL(q ‖ p) because Σp = Σq: no term is negative, nothing cancels when p ≈ q.

@@ -15,12 +15,10 @@
 #ifdef MINIKD_SIMD
 #define SIMD _Pragma("omp simd")
 #define SIMD_SUM(...) SIMD_PRAGMA(omp simd reduction(+ : __VA_ARGS__))
-#define SIMD_MAX(top) SIMD_PRAGMA(omp simd reduction(max : top))
 #define SIMD_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #else
 #define SIMD
 #define SIMD_SUM(...)
-#define SIMD_MAX(top)
 #endif
 
 /* For functions that take another function and must become one with it. */

@@ -8,6 +8,7 @@
 #include "real.h"
 
 #define BLOCK 512 /* elements that are taken through all steps of a pass while they are in the nearest cache */
+#define LANES 16  /* elements that are computed side by side: the width of the widest vector, in float */
 
 /* The sum of x, in double whatever real is. */
 static double sum(const real *x, int64_t count)
@@ -19,20 +20,28 @@ static double sum(const real *x, int64_t count)
     return total;
 }
 
-/* The largest element; NaN is passed over. */
-static real maximum(const real *x, int64_t count)
-{
-    real top = -(real)INFINITY;
-    SIMD_MAX(top)
-    for (int64_t j = 0; j < count; j++)
-        top = x[j] > top ? x[j] : top;
-    return top;
-}
-
 static void fill(real *x, int64_t count, real value)
 {
     for (int64_t j = 0; j < count; j++)
         x[j] = value;
+}
+
+/* The largest element; NaN is passed over. */
+static real maximum(const real *x, int64_t count)
+{
+    const int64_t whole = count - count % LANES;
+    real lane[LANES], top = -(real)INFINITY;
+    fill(lane, LANES, top);
+    for (int64_t j = 0; j < whole; j += LANES) {
+        SIMD
+        for (int l = 0; l < LANES; l++)
+            lane[l] = x[j + l] > lane[l] ? x[j + l] : lane[l];
+    }
+    for (int64_t j = whole; j < count; j++)
+        top = x[j] > top ? x[j] : top;
+    for (int l = 0; l < LANES; l++)
+        top = lane[l] > top ? lane[l] : top;
+    return top;
 }
 
 static int64_t smaller(int64_t a, int64_t b)
@@ -85,7 +94,8 @@ typedef struct {
 
 static softening softened(double inverse_t)
 {
-    const double rate = LOG2_E * inverse_t, reach = LOWEST_NORMAL / inverse_t, far_top = PRODUCTS_ARE_EXACT ? -2.1 * reach : 0;
+    const double rate = LOG2_E * inverse_t, reach = LOWEST_NORMAL / inverse_t;
+    const double far_top = PRODUCTS_ARE_EXACT ? -2.1 * reach : 0;
     softening s;
     s.rate = (real)rate;
     s.rate_rest = (real)(rate - s.rate);
@@ -124,7 +134,8 @@ INLINE real weight(const softening *s, const row_softening *row, real z)
 {
     const real from_base = z - row->base, d = from_base < row->lowest ? row->lowest : from_base;
     const real shifted = fused(d, s->rate, row->shift) + (ROUNDER + BIAS), k_and_m = shifted - row->rounder;
-    const real f = (exact_product(d, s->rate, -k_and_m) - row->remainder) + fused(d, s->rate_rest, -row->remainder_rest);
+    const real rest = fused(d, s->rate_rest, -row->remainder_rest);
+    const real f = (exact_product(d, s->rate, -k_and_m) - row->remainder) + rest;
     const real power = from_bits(to_bits(shifted) << MANTISSA);
     return from_base < row->lowest ? 0 : fused(power * f, power_tail(f), power);
 }
@@ -153,7 +164,6 @@ static double weights(real *e, const real *z, int64_t c, const softening *s, rea
 
 /* --- the same for narrow rows, LANES at a time: a tile holds class j of row l at j·LANES + l --- */
 
-#define LANES 16
 #define NARROW 100 /* classes up to which rows are taken in tiles */
 
 /* Copy `count` ≤ LANES rows into a tile; lanes without a row repeat the first. */
