@@ -642,7 +642,7 @@ class Experiment:
         teacher = self._figures("", TEACHER, seeds)
         alone = self._figures(situation, ALONE, seeds) if self.alone else None
         distilled = self._figures(situation, DISTILLED, seeds)
-        paired = (alone["test_accuracy"], distilled["test_accuracy"]) if alone else ([], [])
+        before, after = (alone["test_accuracy"], distilled["test_accuracy"]) if alone else ([], [])
         return {
             "labels": labels or "all",
             "temperature": s.temperature,
@@ -651,7 +651,7 @@ class Experiment:
             "teacher": teacher,
             "student_alone": alone,
             "student_distilled": distilled,
-            **compare(*paired, resolution=1 / len(self.dataset.y_test)),
+            **compare(before, after, resolution=1 / len(self.dataset.y_test)),
         }
 
     def _figures(self, situation: str, name: str, seeds: list[int]) -> dict[str, Any]:
