@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import minikd
+from minikd import bench
 from minikd.data.sources import NAMED
 from minikd.distillation import DistillResult, Experiment, Settings, full_sizes
 from minikd.errors import MinikdError
@@ -317,6 +318,12 @@ examples:
   minikd distill --config runs/mine/config.toml --out runs/again""",
         distill_options,
         distill,
+    ),
+    "bench": Command(
+        "time the kernels beside PyTorch, JAX, SciPy and NumPy",
+        "examples:\n  minikd bench --quick\n  minikd bench --kernel softmax --peers jax numpy --threads 1",
+        bench.add_arguments,
+        bench.run,
     ),
     "info": Command(
         "show versions, backends, extras and data sets on this machine",
