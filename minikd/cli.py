@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -22,11 +22,11 @@ from typing import Any, NamedTuple, NoReturn
 import minikd
 from minikd import bench
 from minikd.data.sources import NAMED
-from minikd.distillation import DistillResult, Experiment, Settings, full_sizes
+from minikd.distillation import DistillResult, Experiment, Settings, full_sizes, parameters_of
 from minikd.errors import MinikdError
 from minikd.kernels import current_backend
 from minikd.report import RunFolder, Table, Watcher, environment_table, from_toml, results_table, show, verdicts, watch
-from minikd.report.config import LAYERS, setting_types
+from minikd.report.config import LAYERS, OUT, setting_types
 from minikd.report.progress import training_in_words
 from minikd.report.table import show_sentence
 
@@ -126,7 +126,7 @@ def option_name(setting: str) -> str:
 def distill_options(parser: argparse.ArgumentParser) -> None:
     """One option for each setting, and where the results go."""
     output = parser.add_argument_group("configuration and output")
-    output.add_argument("--config", metavar="FILE.toml", help="settings from a file, under the options' names with _")
+    output.add_argument("--config", metavar="FILE.toml", help="settings from a file, named as the options are, with _")
     output.add_argument("--out", metavar="FOLDER", default="", help="for the results (default: runs/DATA-DATE-TIME)")
     output.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in the folder")
     output.add_argument("--quiet", action="store_true", help="no progress and no table, the verdict alone")
@@ -149,9 +149,13 @@ def distill_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_settings(options: argparse.Namespace) -> tuple[Settings, dict[str, str]]:
-    """The settings of a command line and its --config, and where each came from: an option or a key of the file."""
+    """The settings of a command line and its --config, and where each came from: an option or a key of the file.
+
+    The file's key `out` takes the place of an option --out that was not given.
+    """
     names = [field.name for field in dataclasses.fields(Settings)]
     from_file = from_toml(options.config) if options.config else {}
+    options.out = options.out or from_file.pop(OUT, "")
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
     origins = {name: f"{option_name(name)} (its default)" for name in names}
     if os.environ.get("MINIKD_BACKEND"):
@@ -218,13 +222,10 @@ def draw(folder: RunFolder, result: DistillResult) -> str:
 
 
 def introduce(experiment: Experiment, quiet: bool) -> None:
-    """Say what is about to be trained, and warn of a student that is larger than its teacher."""
+    """Say what is about to be trained."""
     settings, data = experiment.settings, experiment.dataset
     teacher, student = (full_sizes(s, data.features, data.classes) for s in (settings.teacher, settings.student))
-    large, small = parameters(teacher), parameters(student)
-    if small > large:
-        message = f"the student has {small:,} parameters, more than the {large:,} of its teacher"
-        warnings.warn(f"{message}; distillation is meant for a smaller one.", stacklevel=2)
+    large, small = parameters_of(teacher), parameters_of(student)
     if quiet:
         return
     rows = ", ".join(f"{part} {count:,}" for part, count in data.sizes.items())
@@ -239,11 +240,6 @@ def introduce(experiment: Experiment, quiet: bool) -> None:
     ]
     show(Table(("", ""), "<<", lines), sys.stdout)
     print(flush=True)
-
-
-def parameters(sizes: Sequence[int]) -> int:
-    """How many numbers layers of these sizes hold, biases included."""
-    return sum((inputs + 1) * outputs for inputs, outputs in itertools.pairwise(sizes))
 
 
 def what_was_lost(result: DistillResult, watcher: Watcher, folder: RunFolder) -> str:
@@ -382,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 whole.print_help()
                 return OK
             name = f"minikd {options.command}"
-            with _warnings_in_words(name):
+            with _warnings_in_words(name), _sigterm_as_ctrl_c():
                 return COMMANDS[options.command].run(options)
         finally:
             sys.stdout.flush()
@@ -404,6 +400,20 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return f"There is not enough memory ({error}). Use smaller layers or smaller batches."
     return str(error)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """A polite request to end keeps what is complete, as Ctrl-C does."""
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    except ValueError:  # not the main thread: somebody else's program, and its own signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

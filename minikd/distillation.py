@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ class Settings:
     optimizer: str = option("adam", "sgd, nesterov (both with momentum 0.9), adam or adamw")
     lr: float = option(0.003, "learning rate of the student at its start")
     schedule: str = option("cosine", "of the learning rate: constant, step or cosine")
-    weight_decay: float = option(0.0, "weight decay of the student")
+    weight_decay: float = option(0.0, "weight decay of the student; 0 leaves adamw its own 0.01")
     max_norm: float = option(0.0, "largest L2 norm of the weights into one unit of the student; 0 for none")
     dropout: float = option(0.0, "probability of dropping a hidden unit of the student")
     seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "one paired comparison for each")
@@ -78,8 +79,15 @@ class Settings:
         """Refuse a setting outside its range, with an ArgumentError that names it."""
         for name, (ok, expected) in _LIMITS.items():
             value = getattr(self, name)
-            if not ok(value):
+            try:
+                fits = ok(value)
+            except TypeError:
+                fits = False
+            if not fits:
                 raise ArgumentError("settings", name, expected=expected, got=repr(value))
+        if self.hard_weight == 0 and self.soft_weight == 0:
+            expected, fix = "above 0 where the hard weight is 0", "One of the two must teach the student."
+            raise ArgumentError("settings", "soft_weight", expected=expected, got="0", fix=fix)
 
 
 def _count(least: int) -> tuple[Callable[[Any], bool], str]:
@@ -189,7 +197,7 @@ def fit(
     temperature, hard_weight, soft_weight : of the distillation loss; unused without a teacher.
     epochs, batch_size : epochs·⌈n / batch_size⌉ steps.
     optimizer, schedule : names in `optim.OPTIMIZERS` and `optim.SCHEDULES`.  lr : at the schedule's start.
-    weight_decay, max_norm : 0 for none.
+    weight_decay, max_norm : 0 for none; with "adamw" a weight decay of 0 leaves that optimizer's own default, 0.01.
     seed : of the order of the rows.
     on_epoch : told of the progress.
 
@@ -205,7 +213,8 @@ def fit(
         raise ArgumentError("fit", "y", expected="at least one label where there is no teacher", got="none")
     per_epoch = math.ceil(len(x) / batch_size)
     steps = epochs * per_epoch
-    opt = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay=weight_decay, max_norm=max_norm or None)
+    decay = {"weight_decay": weight_decay} if weight_decay else {}
+    opt = OPTIMIZERS[optimizer](model.parameters(), lr, max_norm=max_norm or None, **decay)
     factor = SCHEDULES[schedule](steps)
     model.train()
     total, told = 0.0, time.monotonic()
@@ -393,13 +402,10 @@ class Experiment:
         settings.check()
         if settings.backend:
             use_backend(settings.backend)
+        self._given_data = dataset is not None
         if dataset is None:
             dataset = load(settings.data, label_column=settings.label_column, split_seed=settings.split_seed)
-        labelled = int((dataset.y_train != UNLABELLED).sum())
-        if settings.labels > labelled:
-            expected = f"at most {labelled}, the labelled rows of the training part"
-            fix = "Give fewer, or 0 to leave out the situation with few labels."
-            raise ArgumentError("settings", "labels", expected=expected, got=str(settings.labels), fix=fix)
+        settings = dataclasses.replace(settings, labels=_few_enough(settings.labels, dataset))
         self.settings, self.dataset, self.alone = settings, dataset, alone
         self._teacher: Any = teacher
         self._student: Any = student
@@ -410,6 +416,7 @@ class Experiment:
         self._started = time.monotonic()
         self._seconds = 0.0
         self._check_models()
+        self._given_logits: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def situations(self) -> dict[str, int]:
@@ -443,8 +450,7 @@ class Experiment:
     def _run_seed(self, seed: int) -> None:
         data = self.dataset
         teacher = self._make_teacher(seed)
-        on_train = self._teacher_logits(teacher, data.x_train)
-        on_test = self._teacher_logits(teacher, data.x_test)
+        on_train, on_test = self._soft_labels(teacher)
         self._keep("", TEACHER, seed, teacher, on_test, None)
         for situation, labels in self.situations.items():
             y = data.few_labels(labels, seed) if labels else data.y_train
@@ -468,11 +474,26 @@ class Experiment:
             if not callable(model):
                 expected = "a Module or a function from features to logits"
                 raise ArgumentError("distill", argument, expected=expected, got=type(model).__name__)
-            piece = self.dataset.x_train[:2]
+            piece = self.dataset.x_train[: F.ROWS_TO_LOOK_AT]
             got = self._teacher_logits(model, piece) if argument == "teacher" else _logits(model, piece)
             if got.shape != (len(piece), self.dataset.classes):
                 expected = f"a model that gives {self.dataset.classes} logits a row, as the data has classes"
                 raise ShapeError("distill", argument, expected=expected, got=f"an output of shape {got.shape}")
+            if np.isnan(got).any():
+                raise ArgumentError("distill", argument, expected="a model with finite logits", got="NaN")
+        self._warn_of_a_large_student()
+
+    def _warn_of_a_large_student(self) -> None:
+        sizes = (self._teacher, self.settings.teacher), (self._student, self.settings.student)
+        if any(not (model is None or isinstance(model, Module)) for model, _ in sizes):
+            return
+        teacher, student = (
+            model.parameter_count if model is not None else parameters_of(self._sizes(hidden))
+            for model, hidden in sizes
+        )
+        if student > teacher:
+            message = f"the student has {student:,} parameters, more than the {teacher:,} of its teacher"
+            warnings.warn(f"{message}; distillation is meant for a smaller one.", stacklevel=4)
 
     def _make_teacher(self, seed: int) -> Any:
         if self._teacher is not None:
@@ -507,9 +528,18 @@ class Experiment:
         given = first and seed == self.settings.seeds[0]
         return self._student if given else copy.deepcopy(self._initial)
 
+    def _soft_labels(self, teacher: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The teacher's logits of the training and of the test part; a given teacher is asked only once."""
+        if self._given_logits is not None:
+            return self._given_logits
+        both = self._teacher_logits(teacher, self.dataset.x_train), self._teacher_logits(teacher, self.dataset.x_test)
+        if self._teacher is not None:
+            self._given_logits = both
+        return both
+
     def _teacher_logits(self, teacher: Any, x: np.ndarray) -> np.ndarray:
-        """The teacher's logits of normalised inputs x; a foreign teacher is given raw features."""
-        if isinstance(teacher, Module) and teacher.normalisation is None:
+        """The teacher's logits of normalised inputs x; a teacher that was given gets raw features."""
+        if teacher is not self._teacher:
             return _logits(teacher, x)
         raw = self.dataset.raw(x)
         return np.ascontiguousarray(teacher.logits(raw) if isinstance(teacher, Module) else teacher(raw), np.float32)
@@ -575,6 +605,10 @@ class Experiment:
             metrics.negative_log_likelihood(scores, y),
             metrics.expected_calibration_error(scores, y),
         )
+        if not kept.test_nll < 10 * math.log(self.dataset.classes):
+            where = ", ".join(filter(None, (f"seed {seed}", situation, name)))
+            message = f"{where} did not learn (negative log-likelihood {kept.test_nll:.3g}); try a lower learning rate."
+            warnings.warn(message, stacklevel=2)
         if teacher is not None:
             kept.agreement = metrics.agreement(scores, teacher)
             kept.kl_to_teacher = metrics.kl_to_teacher(scores, teacher)
@@ -621,7 +655,7 @@ class Experiment:
         return {
             "version": minikd.__version__,
             "backend": current_backend(),
-            "settings": _plain(dataclasses.asdict(self.settings)),
+            "settings": self._plain_settings(),
             "seeds": seeds,
             "requested_seeds": list(self.settings.seeds),
             "complete": len(seeds) == len(self.settings.seeds),
@@ -636,6 +670,13 @@ class Experiment:
             "seconds": round(self._seconds, 3),
             "few_labels": situations[1] if len(situations) > 1 else None,
         }
+
+    def _plain_settings(self) -> dict[str, Any]:
+        """The settings as JSON knows them; null where an object was given in their place."""
+        settings = dataclasses.asdict(self.settings)
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        given = {"data": self._given_data, "teacher": self._teacher is not None, "student": self._student is not None}
+        return {n: None if given.get("teacher" if n.startswith("teacher_") else n) else v for n, v in plain.items()}
 
     def _situation(self, situation: str, labels: int, seeds: list[int]) -> dict[str, Any]:
         s = self.settings
@@ -667,9 +708,26 @@ class Experiment:
         return {**figures, **{m: [getattr(k, m) for k in kept] for m in measured}}
 
 
-def _plain(table: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON and TOML know them: lists in place of tuples."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in table.items()}
+def _few_enough(labels: int, dataset: Dataset) -> int:
+    """The number of labels of the second situation; the default is lowered to a tenth where a data set is small."""
+    labelled = int((dataset.y_train != UNLABELLED).sum())
+    if labels <= labelled:
+        return labels
+    if labels != Settings.labels:
+        expected = f"at most {labelled}, the labelled rows of the training part"
+        fix = "Give fewer, or 0 to leave out the situation with few labels."
+        raise ArgumentError("settings", "labels", expected=expected, got=str(labels), fix=fix)
+    fewer = min(max(dataset.classes, labelled // 10), labelled)
+    message = (
+        f"there are only {labelled} labelled rows to train on: the situation with few labels has {fewer}, not {labels}."
+    )
+    warnings.warn(message, stacklevel=3)
+    return fewer
+
+
+def parameters_of(sizes: Sequence[int]) -> int:
+    """How many numbers layers of these sizes hold, biases included."""
+    return sum((inputs + 1) * outputs for inputs, outputs in itertools.pairwise(sizes))
 
 
 def _logits(model: Any, x: np.ndarray) -> np.ndarray:
@@ -756,13 +814,19 @@ def distill(
         seeds = (seed,)
     if seeds is None and isinstance(student, Module):
         seeds = (0,)
+    if seeds is not None and not isinstance(seeds, Sequence | np.ndarray | range):
+        raise ArgumentError("distill", "seeds", expected="several seeds, such as range(5)", got=repr(seeds))
     given["seeds"] = None if seeds is None else tuple(int(s) for s in seeds)
     for name, value in (("teacher", teacher), ("student", student)):
         if isinstance(value, Sequence):
             given[name] = tuple(value)
-    given["data"] = str(data) if data is not None and not isinstance(data, Dataset | tuple | list) else None
-    chosen = dataclasses.replace(Settings(), **{k: v for k, v in given.items() if v is not None})
-    dataset = load(data, split_seed=chosen.split_seed) if isinstance(data, Dataset | tuple | list) else None
+    given = {k: v.item() if isinstance(v, np.generic) else v for k, v in given.items() if v is not None}
+    named = data is None or isinstance(data, str)
+    if isinstance(data, str):
+        given["data"] = data
+    chosen = dataclasses.replace(Settings(), **given)
+    label_column = chosen.label_column
+    dataset = None if named else load(data, split_seed=chosen.split_seed, label_column=label_column)
     experiment = Experiment(
         chosen,
         dataset=dataset,

@@ -8,6 +8,7 @@ the autograd. Integers and float16 are computed in float32.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -57,11 +58,19 @@ def _temperature(where: str, value: Any) -> float:
     return number
 
 
-def _finite(where: str, argument: str, value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ArgumentError(where, argument, expected="a finite number", got=repr(value))
+def _between(where: str, argument: str, value: Any, low: float, high: float, expected: str) -> float:
+    """A number from `low` to `high` as a float; anything else is refused."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not low <= number <= high:
+        raise ArgumentError(where, argument, expected=expected, got=repr(value))
     return number
+
+
+def _finite(where: str, argument: str, value: Any) -> float:
+    return _between(where, argument, value, -sys.float_info.max, sys.float_info.max, "a finite number")
 
 
 def _choice(where: str, argument: str, value: str, choices: Sequence[str]) -> str:
@@ -71,9 +80,7 @@ def _choice(where: str, argument: str, value: str, choices: Sequence[str]) -> st
 
 
 def _smoothing(where: str, value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ArgumentError(where, "label_smoothing", expected="between 0 and 1", got=repr(value))
-    return float(value)
+    return _between(where, "label_smoothing", value, 0.0, 1.0, "between 0 and 1")
 
 
 def _array(value: Any, where: str, argument: str) -> Any:
@@ -102,8 +109,7 @@ def _warn_of_probabilities(where: str, **logits: Any) -> None:
     """One warning, at the line of the user's call, if arguments look as if softmax was applied to them already."""
     names = [name for name, array in logits.items() if _look_like_probabilities(array)]
     if names:
-        verb = "looks" if len(names) == 1 else "look"
-        message = f"{where}: {' and '.join(names)} {verb} like probabilities where logits are expected."
+        message = f"{where}: {' and '.join(names)} look like probabilities where logits are expected."
         warnings.warn(f"{message} Pass the scores before softmax, or log(p).", UserWarning, stacklevel=3)
 
 
@@ -156,9 +162,9 @@ def _rows_function(name: str, x: Any, axis: int, temperature: Any) -> Any:
     array = _array(x, name, "x")
     if array.ndim == 0 or 0 in array.shape:
         raise ShapeError(name, "x", expected="an array with at least one row and one class", got=f"shape {array.shape}")
-    if not -array.ndim <= axis < array.ndim:
+    if not isinstance(axis, int | np.integer) or not -array.ndim <= axis < array.ndim:
         expected = f"an axis of an array with {array.ndim} axes"
-        raise ArgumentError(name, "axis", expected=expected, got=str(axis))
+        raise ArgumentError(name, "axis", expected=expected, got=repr(axis))
     order = [a for a in range(array.ndim) if a != axis % array.ndim] + [axis % array.ndim]
     back = tuple(int(a) for a in np.argsort(order))
     rows = (math.prod(array.shape) // array.shape[axis], array.shape[axis])

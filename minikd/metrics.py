@@ -29,11 +29,14 @@ def accuracy(logits: Any, target: Any) -> float:
 def negative_log_likelihood(logits: Any, target: Any) -> float:
     """The mean of -log softmax(logits)[target] in nats; the cross-entropy of hard labels, from logits (n, c)."""
     scores = _scores("negative_log_likelihood", logits, len(np.asarray(target)))
-    return float(F.cross_entropy(scores, target))
+    log_p = F.log_softmax(scores)
+    return float(-log_p[np.arange(len(log_p)), np.asarray(target)].mean())
 
 
 def expected_calibration_error(logits: Any, target: Any, bins: int = 15) -> float:
     """Σ_b (n_b / n)·|accuracy_b - confidence_b| over equally wide bins of the largest probability; 0 is perfect.
+
+    NaN where a row of logits is not finite.
 
     Parameters
     ----------
@@ -46,6 +49,8 @@ def expected_calibration_error(logits: Any, target: Any, bins: int = 15) -> floa
     target = np.asarray(target)
     probabilities = F.softmax(_scores("expected_calibration_error", logits, len(target)))
     confidence = probabilities.max(axis=1)
+    if np.isnan(confidence).any():
+        return float("nan")
     right = probabilities.argmax(axis=1) == target
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
     gaps = np.bincount(bin_of, weights=right - confidence, minlength=bins)
@@ -63,4 +68,4 @@ def kl_to_teacher(student_logits: Any, teacher_logits: Any) -> float:
     """The mean of KL(softmax(teacher) ‖ softmax(student)) at temperature 1, in nats, from logits (n, c)."""
     teacher = _scores("kl_to_teacher", teacher_logits)
     student = _scores("kl_to_teacher", student_logits, len(teacher))
-    return float(F.distillation_loss(student, teacher, temperature=1.0, hard_weight=0.0, soft_weight=1.0))
+    return float(F.kl_div(F.log_softmax(student), F.log_softmax(teacher), log_target=True))

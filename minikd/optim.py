@@ -58,6 +58,7 @@ class Optimizer:
 
     @lr.setter
     def lr(self, value: float) -> None:
+        _require(type(self).__name__, "lr", value, 0 <= value < math.inf, "a finite number from 0")
         self._lr[...] = value
 
     @property

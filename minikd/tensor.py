@@ -26,6 +26,7 @@ class Tensor(tape.Recordable):
     Attributes
     ----------
     grad : None before `backward`, then a tensor of the same shape. Later backward passes add to it, until `zero_grad`.
+        It shows the optimizer's own memory, which the next backward pass writes to: copy what you want to keep.
 
     Raises
     ------
@@ -33,7 +34,7 @@ class Tensor(tape.Recordable):
     """
 
     __slots__ = ("__weakref__", "_grad", "_place", "arena", "array", "node", "requires_grad", "version")
-    __array_priority__ = 100.0  # array @ tensor calls Tensor.__rmatmul__
+    __array_ufunc__ = None  # array + tensor calls Tensor.__radd__; np.exp(tensor) is refused, since it loses the tape
 
     def __init__(self, data: Any, requires_grad: bool = False) -> None:
         value = data.array if isinstance(data, Tensor) else as_real("Tensor", "data", data)
@@ -102,6 +103,9 @@ class Tensor(tape.Recordable):
 
     def __len__(self) -> int:
         return len(self.array)
+
+    def __bool__(self) -> bool:
+        return bool(self.array)  # NumPy refuses where there is more than one element
 
     def __float__(self) -> float:
         return float(self.array)

@@ -557,3 +557,24 @@ def test_errors_of_minikd_keep_their_type_when_they_name_an_option() -> None:
     ):
         raise original
     assert type(caught.value) is type(original)
+
+
+def test_the_folder_for_the_results_can_stand_in_the_configuration(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    settings = ["seeds = [0]", "epochs = 1", "teacher_epochs = 1", "labels = 0", f'out = "{tmp_path / "mine"}"']
+    config.write_text("\n".join(settings), "utf-8")
+    done = minikd("distill", "--config", str(config), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine" / "report.json").exists()
+    assert "\nout =" not in (tmp_path / "mine" / "config.toml").read_text("utf-8")
+
+
+def test_a_wrong_minikd_cpu_or_backend_is_named_and_info_still_answers(tmp_path: Path) -> None:
+    for name in ("MINIKD_CPU", "MINIKD_BACKEND"):
+        done = minikd("distill", cwd=tmp_path, **{name: "abacus"})
+        assert done.returncode == 2
+        assert name in done.stderr
+        assert "abacus" in done.stderr
+    done = minikd("info", cwd=tmp_path, MINIKD_BACKEND="abacus")
+    assert done.returncode == 0, done.stderr
+    assert "numpy" in done.stdout

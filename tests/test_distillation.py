@@ -369,3 +369,88 @@ def test_a_student_of_fashion_mnist_learns_more_from_a_teacher_than_from_a_thous
     assert report["data"]["test"] == 10_000
     assert report["teacher"]["test_accuracy"][0] > 0.80
     assert report["few_labels"]["difference"]["per_seed"][0] > 0.02
+
+
+# --- what a stranger may do ---
+
+
+def test_a_training_that_diverges_is_warned_of_and_reported() -> None:
+    settings = Settings(**{**QUICK, "seeds": (0,)}, labels=0, lr=1e30)
+    experiment = Experiment(settings)
+    with pytest.warns(UserWarning, match="student .* did not learn") as caught:
+        experiment.run()
+    named = [str(warning.message) for warning in caught]
+    assert [text.partition(" did")[0] for text in named] == [
+        "seed 0, all labels, student alone",
+        "seed 0, all labels, student distilled",
+    ]
+    assert len(experiment.result().report["student_alone"]["test_nll"]) == 1
+
+
+def test_a_small_table_gets_fewer_labels_than_the_default_and_is_told_so() -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    data = load((rng.normal(size=(60, 2)) + y[:, None], y))
+    with pytest.warns(UserWarning, match="only 36 labelled rows"):
+        experiment = Experiment(Settings(**QUICK), dataset=data)
+    assert list(experiment.situations) == ["all labels", "3 labels"]
+
+
+def test_a_given_teacher_always_gets_raw_features_and_is_asked_once() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 100, (200, 3))
+    teacher = kd.nn.MLP([3, 3])
+    teacher.parameters()[0].array[...] = np.eye(3)
+    calls = []
+
+    class Counting(kd.nn.MLP):
+        def logits(self, features):
+            calls.append(len(features))
+            return teacher.logits(features)
+
+    result = kd.distill(Counting([3, 3]), (), (x, x.argmax(axis=1)), epochs=1, seeds=(0, 1), alone=False)
+    assert result.report["teacher"]["test_accuracy"] == [1.0, 1.0]
+    assert len(calls) == 3, "a look at the first rows, the training part and the test part"
+
+
+def test_a_teacher_with_nan_logits_is_refused_before_training() -> None:
+    with pytest.raises(ArgumentError, match="finite logits"):
+        kd.distill(lambda x: np.full((len(x), 10), np.nan), (8,), "digits")
+
+
+def test_a_student_larger_than_its_teacher_is_only_warned_about() -> None:
+    with pytest.warns(UserWarning, match="more than the"):
+        Experiment(Settings(**{**QUICK, "teacher": (4,), "student": (64,)}))
+
+
+def test_objects_are_null_among_the_settings_of_the_report(blobs) -> None:
+    x, y = blobs
+    report = kd.distill(lambda a: a @ np.ones((2, 3)), (4,), (x, y), epochs=1, seed=0, alone=False).report
+    assert report["settings"]["data"] is None
+    assert report["settings"]["teacher"] is report["settings"]["teacher_lr"] is None
+    assert report["settings"]["student"] == [4]
+    assert report["data"]["name"] == "arrays"
+
+
+def test_both_weights_at_zero_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="soft_weight"):
+        Settings(hard_weight=0.0, soft_weight=0.0).check()
+
+
+def test_values_of_numpy_are_taken_and_texts_are_refused_by_name() -> None:
+    result = kd.distill((4,), (2,), "digits", epochs=np.int64(1), teacher_epochs=1, seed=0, alone=False)
+    assert result.report["settings"]["epochs"] == 1
+    with pytest.raises(ArgumentError, match="temperature"):
+        kd.distill((4,), (2,), "digits", temperature="3")
+    with pytest.raises(ArgumentError, match="seeds"):
+        kd.distill((4,), (2,), "digits", seeds=3)
+    with pytest.raises(ArgumentError, match="source"):
+        kd.distill((4,), (2,), {"x": 1})
+
+
+def test_adamw_decays_its_weights_where_nothing_else_was_said(blobs) -> None:
+    x, y = blobs
+    models = [kd.nn.MLP([2, 4, 3], seed=0) for _ in range(2)]
+    for model, optimizer in zip(models, ("adam", "adamw"), strict=True):
+        fit(model, x, y, epochs=3, optimizer=optimizer, lr=0.01)
+    assert not np.array_equal(models[0].parameters()[0].array, models[1].parameters()[0].array)

@@ -22,8 +22,8 @@ from minikd.ops.losses import one_hot
 pytestmark = pytest.mark.usefixtures("backend")
 
 each_float = pytest.mark.parametrize("dtype", [np.float32, np.float64])
-may_look_like_probabilities = pytest.mark.filterwarnings("ignore:.*looks like probabilities")
-LOOKS_LIKE = "looks like probabilities"
+may_look_like_probabilities = pytest.mark.filterwarnings("ignore:.*look like probabilities")
+LOOKS_LIKE = "look like probabilities"
 
 # Two rows of the article's size, by which formulas are compared.
 STUDENT = np.array([[2, 1, 0.1], [0.5, 2.5, -1]])

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import struct
 import tomllib
 from collections.abc import Iterator
@@ -317,7 +318,7 @@ def test_fresh_folders_have_the_datas_name_and_never_collide(tmp_path: Path, mon
     paths = []
     for _ in range(3):
         folder = report.RunFolder.fresh("/data/my flowers!.csv")
-        folder.path.mkdir(parents=True)
+        folder.begin(Settings())
         paths.append(str(folder.path))
     stem = str(Path("runs", "my-flowers-20250102-030405"))
     assert paths == [stem, f"{stem}-2", f"{stem}-3"]
@@ -450,3 +451,16 @@ def test_a_quiet_run_only_remembers_where_it_was(capsys: pytest.CaptureFixture[s
 def test_the_environment_names_every_backend_extra_and_data_set() -> None:
     names = {row[0] for row in report.environment_table().rows}
     assert {"minikd", "Python", "NumPy", "cli", "digits", "fashion-mnist", *kd.backends()} <= names
+
+
+def test_the_page_on_the_report_names_every_key_that_there_is(result: DistillResult) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "report.md").read_text("utf-8")
+    documented = set(re.findall(r"`(\w+)`", page))
+    situation = result.report["few_labels"] or result.report
+    keys = (
+        set(result.report)
+        | set(result.report["data"])
+        | set(situation["student_distilled"])
+        | set(situation["difference"])
+    )
+    assert keys <= documented, sorted(keys - documented)

@@ -374,3 +374,25 @@ def test_an_axis_or_shape_that_does_not_exist_is_refused_by_name() -> None:
         with pytest.raises(ShapeError, match="at least one element to reduce"):
             getattr(kd.Tensor(np.ones((0, 3))), name)(axis=0)
     assert kd.Tensor(np.ones((0, 3))).sum(axis=0).numpy().tolist() == [0, 0, 0]
+
+
+def test_a_numpy_function_that_would_lose_the_gradient_is_refused() -> None:
+    x = kd.Tensor([1.0, 2.0], requires_grad=True)
+    with pytest.raises(TypeError, match="ufunc"):
+        np.exp(x)
+    (np.array([3.0, 4.0]) * x).sum().backward()
+    np.testing.assert_array_equal(x.grad.numpy(), [3, 4])
+
+
+def test_only_a_single_element_has_a_truth_value() -> None:
+    assert kd.Tensor(2.0)
+    assert not kd.Tensor([0.0])
+    with pytest.raises(ValueError, match="ambiguous"):
+        bool(kd.Tensor([1.0, 2.0]))
+
+
+def test_an_axis_may_be_an_integer_of_numpy() -> None:
+    x = kd.Tensor(np.ones((2, 3)))
+    assert x.sum(axis=np.int64(1)).shape == (2,)
+    with pytest.raises(ArgumentError, match="axis"):
+        x.sum(axis=1.5)

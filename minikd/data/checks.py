@@ -134,7 +134,7 @@ def checked(raw: RawData) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tup
             WHERE,
             f"the labels of {raw.name}",
             expected="of at least two classes",
-            got=f"only class {present[0]}" if present.size else "no labelled row",
+            got=f"only class {(raw.class_names or present)[0]}" if present.size else "no labelled row",
             fix="A classifier needs something to tell apart.",
         )
     names = raw.class_names or tuple(str(label) for label in range(present[-1] + 1))

@@ -89,7 +89,7 @@ def read(source: object, label_column: str) -> RawData:
     """The arrays of a source, unchecked. A str may be a name in NAMED; a Path is always a path."""
     if isinstance(source, str) and source.lower() in NAMED:
         return NAMED[source.lower()]()
-    if isinstance(source, str | os.PathLike):
+    if isinstance(source, str | os.PathLike) and str(source):
         return _from_path(Path(source), label_column)
     if isinstance(source, tuple | list):
         return _from_arrays(source)
@@ -97,7 +97,7 @@ def read(source: object, label_column: str) -> RawData:
         WHERE,
         "source",
         expected="a Dataset, a name or path, or a tuple (x, y) or (x_train, y_train, x_test, y_test)",
-        got=type(source).__name__,
+        got=type(source).__name__ if source != "" else "an empty text",
     )
 
 

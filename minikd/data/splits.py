@@ -64,7 +64,8 @@ def _too_few(part: str, wanted: int, left: int, classes: int) -> DataError:
         expected=f"{wanted} or near it",
         got=f"{left}, in groups of identical rows, after unlabelled rows and one of each of {classes} classes went to "
         "the training part and others to the parts before",
-        fix="Ask for smaller parts (validation=…, test=…), or add rows.",
+        fix="Add rows, or from Python ask for smaller parts (validation=…, test=…)."
+        + (" So many classes look like numbers to predict, not classes." if classes > 100 else ""),
     )
 
 

@@ -53,7 +53,9 @@ def _header(path: Path, line: int, names: list[str], label_column: str) -> int:
             line,
             expected=f"a header with the label column {label_column!r} and at least one feature",
             got=f"the columns {', '.join(names)}",
-            fix="Name the column of labels by label_column=… (--label-column).",
+            fix="Separate the columns by commas, not by semicolons or tabs."
+            if len(names) == 1 and any(c in names[0] for c in ";\t")
+            else "Name the column of labels by label_column=… (--label-column).",
         )
     return names.index(label_column)
 

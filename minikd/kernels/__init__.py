@@ -55,8 +55,9 @@ BACKENDS: dict[str, Backend] = {
 class BackendStatus:
     """What `minikd.backends()` says of one backend.
 
-    `reason` says why it is not available (empty if it is); `fallbacks` are the kernels that it takes from the NumPy
-    reference because it has no fast one of its own.
+    `default` marks the one that is in use, chosen by `use_backend`, MINIKD_BACKEND, or as the best. `reason` says why
+    it is not available (empty if it is). `fallbacks` are the kernels that it takes from the NumPy reference because it
+    has no fast one of its own.
     """
 
     available: bool
@@ -98,15 +99,37 @@ def use_backend(name: str) -> None:
 
 
 def current_backend() -> str:
-    """The name of the backend in use; chosen at the first call from MINIKD_BACKEND, else the best that runs here."""
+    """The name of the backend in use; chosen at the first call from MINIKD_BACKEND, else the best that runs here.
+
+    Raises
+    ------
+    BackendError : MINIKD_BACKEND or MINIKD_CPU asks for something that is not to be had here.
+    """
     if not _chosen.name:
-        use_backend(os.environ.get("MINIKD_BACKEND") or next(n for n in BACKENDS if not BACKENDS[n].missing()))
+        _choose_first()
     return _chosen.name
+
+
+def _choose_first() -> None:
+    wanted = os.environ.get("MINIKD_BACKEND")
+    if not wanted:
+        if os.environ.get("MINIKD_CPU"):  # never silently slower than what was asked for
+            importlib.import_module(BACKENDS["c"].module).cpu_level()
+        use_backend(next(name for name in BACKENDS if not BACKENDS[name].missing()))
+        return
+    try:
+        use_backend(wanted)
+    except BackendError as error:
+        described = {"expected": error.expected, "got": error.got, "fix": error.fix}
+        raise BackendError("the environment", "MINIKD_BACKEND", **described) from None
 
 
 def backends() -> dict[str, BackendStatus]:
     """Each backend's name with what it can do here; imports neither Numba nor CuPy."""
-    current = current_backend()
+    try:
+        current = current_backend()
+    except BackendError:  # what the environment asks for is not to be had: then none is in use yet
+        current = ""
     found = {}
     for name, backend in BACKENDS.items():
         reason = backend.missing()

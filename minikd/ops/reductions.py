@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,11 @@ Axis = int | tuple[int, ...] | None
 
 def reduced_axes(op: str, axis: Axis, ndim: int) -> tuple[int, ...]:
     """The axes that are reduced, counted from the front; None means all of them."""
-    axes = tuple(range(ndim)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = tuple(range(ndim)) if axis is None else tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+    try:
+        axes = tuple(operator.index(a) for a in axes)
+    except TypeError:
+        raise ArgumentError(op, "axis", expected="a whole number, or several", got=repr(axis)) from None
     if any(not -ndim <= a < ndim for a in axes) or len({a % ndim for a in axes}) != len(axes):
         raise ArgumentError(op, "axis", expected=f"different axes of an array with {ndim} axes", got=str(axis))
     return tuple(a % ndim for a in axes)

@@ -37,6 +37,7 @@ def _whole(value: Any) -> bool:
 
 
 LAYERS = tuple[int, ...]
+OUT = "out"  # the one key that is no setting: the folder for the results
 KINDS: dict[Any, Kind] = {
     str: Kind("a text in quotes", lambda v: isinstance(v, str), str, _quoted),
     bool: Kind("true or false", lambda v: isinstance(v, bool), bool, lambda v: str(v).lower()),
@@ -76,7 +77,7 @@ def to_toml(settings: Settings) -> str:
 
 
 def from_toml(path: str | Path) -> dict[str, Any]:
-    """The settings in a TOML file, by name; those that it leaves out are left out.
+    """The settings in a TOML file, and `out`, by name; those that it leaves out are left out.
 
     Raises
     ------
@@ -90,7 +91,7 @@ def from_toml(path: str | Path) -> dict[str, Any]:
     except ValueError as error:  # tomllib's own error, and that of text that is not UTF-8
         fix = 'A line is, for example: temperature = 4.0, or: data = "digits".'
         raise DataError("config", str(path), expected="a file in TOML", got=f"an error: {error}", fix=fix) from error
-    kinds = setting_types()
+    kinds = {**setting_types(), OUT: str}
     return {name: _read(path, name, value, kinds) for name, value in table.items()}
 
 

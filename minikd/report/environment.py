@@ -18,7 +18,7 @@ from minikd.kernels import backends, kernel_names
 from minikd.report.table import Table
 
 # Extra → the packages that `pip install 'minikd[extra]'` brings.
-EXTRAS = {"cli": ("rich", "matplotlib"), "numba": ("numba",)}
+EXTRAS = {"cli": ("rich", "matplotlib", "threadpoolctl"), "numba": ("numba",)}
 
 
 def environment_table() -> Table:

@@ -47,16 +47,29 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, overwrite: bool = False) -> None:
-        self.path, self._overwrite = Path(path), overwrite
+        self.path, self._overwrite, self._must_be_new = Path(path), overwrite, False
         self._saved: dict[str, Any] = {}
 
     @classmethod
     def fresh(cls, data: str) -> RunFolder:
-        """A new one: runs/<data>-<date>-<time>, with a number behind it if there is such a folder already."""
+        """A new one: runs/<data>-<date>-<time>, with a number behind it if there is such a folder when it begins."""
         stem = re.sub(r"[^\w.-]+", "-", Path(data).stem).strip("-.") or "data"
-        name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        names = itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2)))
-        return cls(next(path for path in (Path("runs", name) for name in names) if not path.exists()))
+        folder = cls(Path("runs", f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        folder._must_be_new = True
+        return folder
+
+    def _claim(self) -> None:
+        """Make the folder; a fresh one is this run's alone, even if another run begins at the same moment."""
+        if not self._must_be_new:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return
+        stem = self.path.name
+        for k in itertools.count(2):
+            try:
+                self.path.mkdir(parents=True)
+                return
+            except FileExistsError:
+                self.path = self.path.with_name(f"{stem}-{k}")
 
     def begin(self, settings: Settings) -> None:
         """Make the folder and write config.toml, which repeats the run, backend included.
@@ -68,7 +81,7 @@ class RunFolder:
         OutputError : it cannot be made or written, or there are results in it already.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._claim()
             earlier = [name for name in FILES if name != CONFIG and (self.path / name).exists()]
             if earlier and not self._overwrite:
                 expected, fix = "a folder without results", "Name another folder, or allow it with --overwrite."
