@@ -195,7 +195,7 @@ def distill(options: argparse.Namespace) -> int:
         experiment = Experiment(
             settings, on_progress=watcher, on_model=lambda: folder.write_results(experiment.result())
         )
-        folder.begin(settings)
+        folder.begin(experiment.settings)
     introduce(experiment, options.quiet)
     interrupted = False
     try:
@@ -237,6 +237,7 @@ def introduce(experiment: Experiment, quiet: bool) -> None:
         ("student", f"{layers_in_words(student)}, {small:,} parameters{ratio}"),
         ("loss", f"T = {settings.temperature:g}, {weights}"),
         ("run", f"{experiment.trainings} trainings, {_seeds(settings.seeds)}, backend {current_backend()}"),
+        ("steps", f"{settings.epochs} epochs in batches of {settings.batch_size}, {settings.optimizer}"),
     ]
     show(Table(("", ""), "<<", lines), sys.stdout)
     print(flush=True)

@@ -64,7 +64,7 @@ class Settings:
     soft_weight: float = option(0.5, "weight of T²·KL(teacher ‖ student)")
     labels: int = option(100, "rows that are labelled for the student in the second situation; 0 leaves it out")
     epochs: int = option(60, "passes of the student over the training part")
-    batch_size: int = option(64, "rows in a batch")
+    batch_size: int = option(64, "rows in a batch; the default is lowered where there are fewer than 1,024 rows")
     optimizer: str = option("adam", "sgd, nesterov (both with momentum 0.9), adam or adamw")
     lr: float = option(0.003, "learning rate of the student at its start")
     schedule: str = option("cosine", "of the learning rate: constant, step or cosine")
@@ -405,7 +405,8 @@ class Experiment:
         self._given_data = dataset is not None
         if dataset is None:
             dataset = load(settings.data, label_column=settings.label_column, split_seed=settings.split_seed)
-        settings = dataclasses.replace(settings, labels=_few_enough(settings.labels, dataset))
+        labels, batch_size = _few_enough(settings.labels, dataset), _small_enough(settings.batch_size, dataset)
+        settings = dataclasses.replace(settings, labels=labels, batch_size=batch_size)
         self.settings, self.dataset, self.alone = settings, dataset, alone
         self._teacher: Any = teacher
         self._student: Any = student
@@ -723,6 +724,13 @@ def _few_enough(labels: int, dataset: Dataset) -> int:
     )
     warnings.warn(message, stacklevel=3)
     return fewer
+
+
+def _small_enough(batch_size: int, dataset: Dataset) -> int:
+    """Rows in a batch; the default is lowered, to 8 at least, so that a small data set has 16 steps in an epoch too."""
+    if batch_size != Settings.batch_size:
+        return batch_size
+    return min(batch_size, max(8, len(dataset.x_train) // 16))
 
 
 def parameters_of(sizes: Sequence[int]) -> int:

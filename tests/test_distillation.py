@@ -396,6 +396,14 @@ def test_a_small_table_gets_fewer_labels_than_the_default_and_is_told_so() -> No
     assert list(experiment.situations) == ["all labels", "3 labels"]
 
 
+def test_a_small_table_is_trained_in_smaller_batches_unless_a_size_was_given() -> None:
+    y = np.arange(60) % 3
+    data = load((np.random.default_rng(0).normal(size=(60, 2)), y))
+    assert Experiment(Settings(**QUICK, labels=0), dataset=data).settings.batch_size == 8
+    assert Experiment(Settings(**QUICK, labels=0, batch_size=32), dataset=data).settings.batch_size == 32
+    assert Experiment(Settings(**QUICK, labels=0)).settings.batch_size == 64
+
+
 def test_a_given_teacher_always_gets_raw_features_and_is_asked_once() -> None:
     rng = np.random.default_rng(0)
     x = rng.uniform(0, 100, (200, 3))
