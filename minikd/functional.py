@@ -99,7 +99,7 @@ def _rows_of_logits(where: str, argument: str, value: Any) -> Any:
 def _look_like_probabilities(logits: Any) -> bool:
     """Whether each of the first rows lies in [0, 1] and sums to 1."""
     first = logits[0]
-    if len(first) < 2 or first.min() < 0 or first.max() > 1:
+    if len(first) < 2 or not 0 <= logits.item(0) <= 1 or first.min() < 0 or first.max() > 1:
         return False
     rows = logits[:ROWS_TO_LOOK_AT]
     return bool(((rows >= 0) & (rows <= 1)).all() and (abs(rows.sum(axis=1) - 1) < 1e-3).all())

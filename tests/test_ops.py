@@ -675,6 +675,20 @@ def test_a_shape_error_names_the_argument_that_disagrees() -> None:
     assert "(4, 5)" in caught.value.got
 
 
+@pytest.mark.usefixtures("backend")
+def test_what_was_approved_once_is_checked_anew_in_another_layout() -> None:
+    x, b, y = np.ones((3, 4), np.float32), np.ones(4, np.float32), np.empty((3, 4), np.float32)
+    for _ in range(2):
+        bind("bias_relu", y, x, b)()
+    for wrong in (np.ones(5, np.float32), np.ones(4), np.ones((4, 2), np.float32)[:, 0], None):
+        with pytest.raises((ShapeError, DTypeError)):
+            bind("bias_relu", y, x, wrong)
+    locked = y.copy()
+    locked.flags.writeable = False
+    with pytest.raises(ShapeError, match="writable"):
+        bind("bias_relu", locked, x, b)
+
+
 @each_op
 def test_bind_refuses_a_read_only_array_where_it_writes_and_takes_one_where_it_reads(name: str, backend: str) -> None:
     case, arguments, buffers = first_buffers(name)

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,16 +166,54 @@ def bind(name: str, *buffers: Any, **attrs: Any) -> Call:
     DTypeError, ShapeError : a buffer is not what the signature says.
     """
     op = OPS[name.removesuffix("_vjp")]
-    backward = name != op.name
+    full = {**op.attrs, **attrs}
+    layout = (name, *full.values(), *[None if b is None else (b.shape, b.dtype, b.flags.num) for b in buffers])
+    if not _is_known(_approved, layout):
+        _approve(op, name != op.name, buffers, full)
+        _remember(_approved, layout, True)
+    return _binder(name)(*buffers, **full)
+
+
+def _approve(op: Op, backward: bool, buffers: Sequence[Any], attrs: dict[str, Any]) -> None:
+    """Refuse buffers that are not what the signature says."""
     arguments = op.arguments(backward, len(buffers))
     if len(arguments) != len(buffers):
         expected = ", ".join(a.name for a in arguments)
-        raise ShapeError(name, "buffers", expected=expected, got=f"{len(buffers)} buffers")
-    full = {**op.attrs, **attrs}
+        raise ShapeError(op.name, "buffers", expected=expected, got=f"{len(buffers)} buffers")
     shapes = _check(op, arguments, buffers, written=("din",) if backward else ("out", "update", "saved"))
     op.sizes(arguments, shapes)
-    op.check_worked_out(arguments, shapes, full)
-    return _binder(name)(*buffers, **full)
+    op.check_worked_out(arguments, shapes, attrs)
+
+
+# Training asks the same questions at every step. What a layout (shapes, dtypes, flags, attributes) was found to be is
+# remembered; the answers depend on nothing else, so that remembering them changes no result.
+_approved: dict[Any, Any] = {}
+_inferred: dict[Any, Any] = {}
+MOST_REMEMBERED = 4096
+
+
+def _is_known(answers: dict[Any, Any], question: Any) -> bool:
+    try:
+        return question in answers
+    except TypeError:  # an attribute that is a list: it is asked anew each time
+        return False
+
+
+def _remember(answers: dict[Any, Any], question: Any, answer: Any) -> None:
+    if len(answers) >= MOST_REMEMBERED:
+        answers.clear()
+    with suppress(TypeError):
+        answers[question] = answer
+
+
+def _infer(op: Op, shapes: Sequence[Shape | None], attrs: dict[str, Any]) -> tuple[list[Shape], list[Shape]]:
+    """`op.infer`, remembered."""
+    question = (op.name, *shapes, *attrs.values())
+    if _is_known(_inferred, question):
+        return _inferred[question]
+    answer = op.infer(shapes, attrs)
+    _remember(_inferred, question, answer)
+    return answer
 
 
 def _check(op: Op, arguments: Sequence[Argument], buffers: Sequence[Any], written: Sequence[str]) -> list[Shape | None]:
@@ -216,6 +255,8 @@ def as_real(where: str, argument: str, value: Any, other: Any = np.float32) -> A
     DTypeError : any other dtype (complex, object, text).
     """
     array = np.asarray(value)
+    if array.dtype in FLOATS:
+        return array
     native = array.dtype.newbyteorder("=")
     if native in FLOATS:
         return array.astype(native, copy=False)
@@ -251,23 +292,27 @@ def prepare(op: Op, inputs: Sequence[Any], real: np.dtype[Any] | None = None) ->
     """
     arguments = input_arguments(op, len(inputs))
     if real is None:
-        given = [
-            (a.name not in op.wrt, k) for k, a in enumerate(arguments) if a.kind == "real" and inputs[k] is not None
-        ]
-        deciding = min(given)[1] if given else None
-        real = FLOATS[0]
-        if deciding is not None:
-            real = as_real(op.name, arguments[deciding].name, inputs[deciding]).dtype
+        real = _deciding_dtype(op, arguments, inputs)
     arrays: list[Any] = []
     for argument, value in zip(arguments, inputs, strict=True):
-        if value is None:
-            arrays.append(None)
+        wanted = KINDS[argument.kind] or real
+        if value is None or (type(value) is np.ndarray and value.dtype == wanted and value.flags.c_contiguous):
+            arrays.append(value)
         elif argument.kind == "real":
             array = as_real(op.name, argument.name, value, real)
             arrays.append(array.astype(real, order="C", copy=False))
         else:
             arrays.append(np.asarray(_CONVERT[argument.kind](op.name, argument.name, value), order="C"))
     return arrays, real
+
+
+def _deciding_dtype(op: Op, arguments: Sequence[Argument], inputs: Sequence[Any]) -> np.dtype[Any]:
+    """float32 or float64, as the first differentiated input has it, else the first real one; float32 without any."""
+    real = [(a, x) for a, x in zip(arguments, inputs, strict=True) if a.kind == "real" and x is not None]
+    for argument, value in real:
+        if argument.name in op.wrt:
+            return as_real(op.name, argument.name, value).dtype
+    return as_real(op.name, real[0][0].name, real[0][1]).dtype if real else FLOATS[0]
 
 
 def execute(
@@ -288,7 +333,7 @@ def execute(
     """
     arrays, real = prepare(op, inputs, real)
     full = {**op.attrs, **attrs}
-    out_shapes, saved_shapes = op.infer([None if x is None else x.shape for x in arrays], full)
+    out_shapes, saved_shapes = _infer(op, [None if x is None else x.shape for x in arrays], full)
     outs = [np.empty(shape, real) for shape in out_shapes]
     saved = [
         None if a.optional and not save else gradient if gradient is not None else np.empty(shape, real)
