@@ -337,10 +337,11 @@ typedef struct {
     real shift, shift_rest;
 } soft_row;
 
-INLINE soft_row soft_row_of(real top_s, real top_t, double total_p, double total_q, double inverse_t)
+INLINE soft_row soft_row_of(real top_s, real top_t, double total_p, double total_q, double log_of_sums,
+                            double inverse_t)
 {
     const double s = top_s, t = top_t, gap = s - t, lost = (s - (gap - (gap - s))) - (t + (gap - s));
-    const double shift = logarithm(total_q / total_p) - gap * inverse_t;
+    const double shift = log_of_sums - gap * inverse_t;
     soft_row row;
     row.per_p = (real)(1 / total_p);
     row.per_q = (real)(1 / total_q);
@@ -394,61 +395,127 @@ static int doublings_of(double t)
     return t == 1 ? 0 : t == 2 ? 1 : t == 4 ? 2 : t == 8 ? 3 : -1;
 }
 
-/* e = p^(2^doublings); returns Σ e. */
-static double squared(real *e, const real *p, int64_t count, int doublings)
+/* e = p^(2^doublings). In each of its calls doublings is a constant, so that the loop has no branch. */
+INLINE void squared_by(real *e, const real *p, int64_t count, int doublings)
 {
-    memcpy(e, p, (size_t)count * sizeof(real));
-    for (int k = 0; k < doublings; k++) {
-        SIMD
-        for (int64_t j = 0; j < count; j++)
-            e[j] *= e[j];
+    SIMD
+    for (int64_t j = 0; j < count; j++) {
+        real ej = p[j];
+        for (int k = 0; k < doublings; k++)
+            ej *= ej;
+        e[j] = ej;
     }
-    return sum(e, count);
 }
 
-/* KL(q ‖ p) of one row;  dz = dz·hard_factor + (p - q)·soft_factor, unless dz is NULL. */
-static double soft_loss(const distillation *d, real *dz, const real *z_s, const real *z_t, const soft_row *row,
-                        real hard_factor)
+static void squared(real *e, const real *p, int64_t count, int doublings)
+{
+    switch (doublings) {
+    case 0:
+        squared_by(e, p, count, 0);
+        break;
+    case 1:
+        squared_by(e, p, count, 1);
+        break;
+    case 2:
+        squared_by(e, p, count, 2);
+        break;
+    default:
+        squared_by(e, p, count, 3);
+    }
+}
+
+/* The sums over a row of weights: Σ of the student's at T, of the teacher's at T, of the student's at 1, and
+ * Σ q_weight·((z_t - top_t) - (z_s - top_s)). */
+typedef struct {
+    double p, q, e, apart;
+} soft_sums;
+
+/* The weights at T of at most BLOCK of a row, in p and q, and their sums. */
+static void add_block(soft_sums *sums, real *p, real *q, const real *z_s, const real *z_t, int64_t count,
+                      const distillation *d, real top_s, real top_t)
+{
+    const softening soft = d->soft;
+    const row_softening of_s = softened_row(&soft, top_s), of_t = softened_row(&soft, top_t);
+    real term[BLOCK];
+    SIMD
+    for (int64_t j = 0; j < count; j++) {
+        const real pj = weight(&soft, &of_s, z_s[j]), qj = weight(&soft, &of_t, z_t[j]);
+        const real apart = (z_t[j] - top_t) - (z_s[j] - top_s);
+        p[j] = pj;
+        q[j] = qj;
+        term[j] = qj == 0 ? 0 : qj * apart;
+    }
+    sums->p += quick_sum(p, count);
+    sums->q += quick_sum(q, count);
+    sums->apart += quick_sum(term, count);
+    if (d->doublings >= 0) {
+        squared(term, p, count, d->doublings);
+        sums->e += quick_sum(term, count);
+    }
+}
+
+/* The weights of a wide row at T, student's and teacher's, in d->p and d->q, and their sums. */
+static soft_sums soft_weights(const distillation *d, const real *z_s, const real *z_t, real top_s, real top_t)
+{
+    soft_sums sums = {0, 0, 0, 0};
+    for (int64_t j = 0; j < d->c; j += BLOCK)
+        add_block(&sums, d->p + j, d->q + j, z_s + j, z_t + j, block_size(d->c - j), d, top_s, top_t);
+    return sums;
+}
+
+/* dz = dz·hard_factor + (p - q)·soft_factor */
+static void combine(real *dz, const real *p, const real *q, int64_t count, const soft_row *row, real hard_factor,
+                    real soft_factor)
+{
+    const real per_p = row->per_p, per_q = row->per_q;
+    SIMD
+    for (int64_t j = 0; j < count; j++)
+        dz[j] = fused(p[j] * per_p - q[j] * per_q, soft_factor, dz[j] * hard_factor);
+}
+
+/* The same, with p - q taken without cancellation; returns KL(q ‖ p). */
+static double combine_near(real *dz, const real *p, const real *q, const real *z_s, const real *z_t, int64_t count,
+                           const soft_row *row, real hard_factor, real soft_factor)
 {
     const soft_row fixed = *row;
-    const real soft_factor = d->soft_factor;
-    real term[BLOCK], unused[BLOCK];
-    double kl = 0;
-    if (!dz)
-        fill(unused, BLOCK, 0);
-    for (int64_t first = 0; first < d->c; first += BLOCK) {
-        const int64_t count = block_size(d->c - first);
-        const real *p = d->p + first, *q = d->q + first, *zs = z_s + first, *zt = z_t + first;
-        real *out = dz ? dz + first : unused;
-        SIMD
-        for (int64_t j = 0; j < count; j++) {
-            real difference;
-            term[j] = soft_term(&fixed, p[j], q[j], zs[j], zt[j], &difference);
-            out[j] = fused(difference, soft_factor, out[j] * hard_factor);
-        }
-        kl += sum(term, count);
+    real term[BLOCK];
+    SIMD
+    for (int64_t j = 0; j < count; j++) {
+        real difference;
+        term[j] = soft_term(&fixed, p[j], q[j], z_s[j], z_t[j], &difference);
+        dz[j] = fused(difference, soft_factor, dz[j] * hard_factor);
     }
-    return kl < 0 ? 0 : kl;
+    return sum(term, count);
 }
 
-/* The weights of a wide row at T, student's and teacher's, in d->p and d->q; and, where they give it, Σ of the
- * student's weights at 1, with the weights themselves in e unless that is NULL. */
-static soft_row soft_weights(const distillation *d, real *e, const real *z_s, const real *z_t, real top_s,
-                             double *total_e)
+/* From here on KL(q ‖ p) of a row is taken as a difference of sums: cancellation costs it less than a millionth. */
+#define FAR_APART 0.2
+
+/* KL(q ‖ p) of one row;  dz = dz·hard_factor + (p - q)·soft_factor, unless dz is NULL.
+ * Σ q·(log q - log p) = Σ q_weight·((z_t - top_t) - (z_s - top_s))/T / Σ q_weight - log(Σ q_weight / Σ p_weight) */
+static double soft_loss(const distillation *d, real *dz, const real *z_s, const real *z_t, const soft_sums *sums,
+                        real top_s, real top_t, real hard_factor)
 {
-    const real top_t = maximum(z_t, d->c);
-    const row_softening of_s = softened_row(&d->soft, top_s), of_t = softened_row(&d->soft, top_t);
-    double total_p = 0, total_q = 0;
-    real unused[BLOCK];
-    *total_e = 0;
+    const double log_of_sums = logarithm(sums->q / sums->p);
+    const double difference = sums->apart / sums->q * d->inverse_t - log_of_sums;
+    const int near = difference < FAR_APART;
+    if (!near && !dz)
+        return difference;
+    const soft_row row = soft_row_of(top_s, top_t, sums->p, sums->q, log_of_sums, d->inverse_t);
+    double kl = 0;
+    real unused[BLOCK] = {0};
     for (int64_t j = 0; j < d->c; j += BLOCK) {
         const int64_t count = block_size(d->c - j);
-        total_p += block_weights(d->p + j, z_s + j, count, &d->soft, &of_s);
-        total_q += block_weights(d->q + j, z_t + j, count, &d->soft, &of_t);
-        if (d->doublings >= 0)
-            *total_e += squared(e ? e + j : unused, d->p + j, count, d->doublings);
+        const real *p = d->p + j, *q = d->q + j;
+        real *out = dz ? dz + j : unused;
+        if (dz && d->doublings >= 0)
+            squared(out, p, count, d->doublings);
+        if (near)
+            kl += combine_near(out, p, q, z_s + j, z_t + j, count, &row, hard_factor, d->soft_factor);
+        else
+            combine(out, p, q, count, &row, hard_factor, d->soft_factor);
     }
-    return soft_row_of(top_s, top_t, total_p, total_q, d->inverse_t);
+    return !near ? difference : kl < 0 ? 0 : kl;
 }
 
 /* The loss of one row, whose label is y (-1 if it has none); dz is its gradient, or NULL. */
@@ -456,22 +523,21 @@ static double distillation_row(const distillation *d, real *dz, const real *z_s,
 {
     const int64_t c = d->c;
     const int is_soft = d->soft_scale != 0, is_hard = y >= 0;
-    const real top_s = maximum(z_s, c);
-    double loss = 0, total_e = 0;
+    const real top_s = maximum(z_s, c), top_t = is_soft ? maximum(z_t, c) : 0;
+    double loss = 0;
     real hard_factor = 0;
-    soft_row row = {0, 0, 0, 0, 0, 0};
+    soft_sums sums = {0, 0, 0, 0};
     if (is_soft)
-        row = soft_weights(d, dz, z_s, z_t, top_s, &total_e);
+        sums = soft_weights(d, z_s, z_t, top_s, top_t);
     if (is_hard) {
-        if (!is_soft || d->doublings < 0)
-            total_e = weights(dz, z_s, c, &d->hard, top_s);
+        const double total_e = is_soft && d->doublings >= 0 ? sums.e : weights(dz, z_s, c, &d->hard, top_s);
         loss += d->hard_scale * hard_loss(&d->label, z_s, y, c, top_s, logarithm(total_e));
         hard_factor = (real)(d->hard_scale * label_sum(&d->label, y) / total_e);
     } else if (dz) {
         fill(dz, c, 0);
     }
     if (is_soft)
-        loss += d->soft_scale * soft_loss(d, dz, z_s, z_t, &row, hard_factor);
+        loss += d->soft_scale * soft_loss(d, dz, z_s, z_t, &sums, top_s, top_t, hard_factor);
     else if (dz)
         for (int64_t j = 0; j < c; j++)
             dz[j] *= hard_factor;
@@ -527,7 +593,8 @@ static void distillation_tile(const distillation *d, double *loss, real *dz, con
         const real inverse = (real)d->inverse_t, inverse_rest = (real)(d->inverse_t - inverse);
         SIMD
         for (int l = 0; l < LANES; l++) {
-            const soft_row row = soft_row_of(top_s[l], top_t[l], total_p[l], total_q[l], d->inverse_t);
+            const double log_of_sums = logarithm(total_q[l] / total_p[l]);
+            const soft_row row = soft_row_of(top_s[l], top_t[l], total_p[l], total_q[l], log_of_sums, d->inverse_t);
             per_p[l] = row.per_p;
             per_q[l] = row.per_q;
             shift[l] = row.shift;

@@ -20,6 +20,20 @@ static double sum(const real *x, int64_t count)
     return total;
 }
 
+/* The same, rounded a little more and twice as fast: four at a time are added up in real, the rest in double. */
+static double quick_sum(const real *x, int64_t count)
+{
+    const int64_t quarter = count / 4;
+    const real *second = x + quarter, *third = second + quarter, *fourth = third + quarter;
+    double total = 0;
+    SIMD_SUM(total)
+    for (int64_t j = 0; j < quarter; j++)
+        total += (x[j] + second[j]) + (third[j] + fourth[j]);
+    for (int64_t j = 4 * quarter; j < count; j++)
+        total += x[j];
+    return total;
+}
+
 static void fill(real *x, int64_t count, real value)
 {
     for (int64_t j = 0; j < count; j++)
