@@ -485,7 +485,7 @@ static double combine_near(real *dz, const real *p, const real *q, const real *z
         term[j] = soft_term(&fixed, p[j], q[j], z_s[j], z_t[j], &difference);
         dz[j] = fused(difference, soft_factor, dz[j] * hard_factor);
     }
-    return sum(term, count);
+    return quick_sum(term, count);
 }
 
 /* From here on KL(q ‖ p) of a row is taken as a difference of sums: cancellation costs it less than a millionth. */

@@ -189,6 +189,23 @@ def test_a_float_gradient_is_right_to_a_millionth_of_the_larger_probability(
 
 
 @each_level
+@pytest.mark.parametrize("classes", [10, 101, 1000])
+@pytest.mark.parametrize("apart", [1e-3, 0.1, 0.5, 1.0, 2.0, 3.0, 6.0])
+def test_a_float_loss_is_right_to_a_millionth_however_near_the_student_comes(
+    level: str, classes: int, apart: float
+) -> None:
+    rng = np.random.default_rng(7)
+    z_t, noise = (rng.normal(size=(64, classes)).astype(np.float32) for _ in "tn")
+    z_t *= np.float32(3)
+    z_s = z_t + np.float32(apart) * noise
+    scalars = [np.array(x) for x in (4.0, 0.0, 1.0)]
+    loss, exact = np.empty(64, np.float32), np.empty(64)
+    run(level, "distillation_loss", loss, None, z_s, z_t, None, *scalars, reduction="none")
+    reference("distillation_loss", exact, None, widen(z_s), widen(z_t), None, *scalars, reduction="none")
+    np.testing.assert_allclose(loss, exact, rtol=1e-6)
+
+
+@each_level
 @each_float
 @pytest.mark.parametrize("classes", [3, 300])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
