@@ -6,6 +6,7 @@ import importlib
 import zlib
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from minikd.errors import ArgumentError, DTypeError, ShapeError
 from minikd.kernels import BACKENDS, bind, execute, kernel_names, prepare
 from minikd.ops import OPS, Op
+from minikd.ops.__main__ import page
 from minikd.ops.op import register
 
 FLOATS = ("float32", "float64")
@@ -703,3 +705,8 @@ def test_bind_refuses_a_read_only_array_where_it_writes_and_takes_one_where_it_r
                 bind(name, *replaced(buffers, k, locked), **case.attrs)
         else:
             bind(name, *replaced(buffers, k, locked), **case.attrs)()
+
+
+def test_the_page_of_operations_is_the_one_that_the_table_makes() -> None:
+    written = (Path(__file__).parents[1] / "docs" / "operations.md").read_text("utf-8")
+    assert written == page(), "run: python -m minikd.ops > docs/operations.md"
