@@ -1,7 +1,7 @@
 """minikd: knowledge distillation without a deep-learning framework.
 
-The names below are all that other code needs; each is imported when it is first used, so that ``import minikd``
-loads NumPy and little else.
+The names below are all that other code needs; each is imported when it is first used, so that ``import minikd`` by
+itself loads nothing, not even NumPy.
 """
 
 from __future__ import annotations

@@ -443,10 +443,12 @@ class Experiment:
 
     def _largest_product(self) -> int:
         """Multiply-adds of the largest matrix product in a step of any model that is trained here."""
-        networks = [self._sizes(self.settings.student)]
-        if self._teacher is None:
-            networks.append(self._sizes(self.settings.teacher))
-        return self.settings.batch_size * max(a * b for sizes in networks for a, b in itertools.pairwise(sizes))
+        trained = [self.settings.student] if self._student is None else []
+        trained += [self.settings.teacher] if self._teacher is None else []
+        weights = [a * b for hidden in trained for a, b in itertools.pairwise(self._sizes(hidden))]
+        if self._student is not None:
+            weights += [p.size for p in self._student.parameters()]
+        return self.settings.batch_size * max(weights, default=0)
 
     def _run_seed(self, seed: int) -> None:
         data = self.dataset
@@ -750,6 +752,34 @@ def _logits(model: Any, x: np.ndarray) -> np.ndarray:
 # --- the function ---
 
 
+def _seeds(student: Any, seed: int | None, seeds: Any) -> tuple[int, ...] | None:
+    """The seeds that `distill` was asked for; None for the default ones."""
+    if seed is not None and seeds is not None:
+        raise ArgumentError("distill", "seed", expected="left out where seeds are given", got=repr(seed))
+    if seed is not None:
+        return (int(seed),)
+    if seeds is None:
+        return (0,) if isinstance(student, Module) else None
+    if not isinstance(seeds, Sequence | np.ndarray):
+        raise ArgumentError("distill", "seeds", expected="several seeds, such as range(5)", got=repr(seeds))
+    return tuple(int(s) for s in seeds)
+
+
+def _chosen(
+    options: dict[str, Any], teacher: Any, student: Any, data: Any, labels: int | None, seeds: tuple[int, ...] | None
+) -> Settings:
+    """The settings that the arguments of `distill` name; what they leave out, or give as an object, is the default."""
+    names = [field.name for field in dataclasses.fields(Settings)]
+    unknown = sorted(set(options) - set(names))
+    if unknown:
+        expected = "among " + ", ".join(names)
+        raise ArgumentError("distill", ", ".join(unknown), expected=expected, got="an unknown name")
+    given = {**options, "labels": labels, "seeds": seeds, "data": data if isinstance(data, str) else None}
+    given |= {n: tuple(v) for n, v in (("teacher", teacher), ("student", student)) if isinstance(v, Sequence)}
+    plain = {n: v.item() if isinstance(v, np.generic) else v for n, v in given.items() if v is not None}
+    return dataclasses.replace(Settings(), **plain)
+
+
 def distill(
     teacher: Any = None,
     student: Any = None,
@@ -801,7 +831,7 @@ def distill(
 
     Source: Hinton, Vinyals and Dean 2015.
     """
-    given: dict[str, Any] = {
+    options = {
         "temperature": temperature,
         "hard_weight": hard_weight,
         "soft_weight": soft_weight,
@@ -811,30 +841,12 @@ def distill(
         "lr": lr,
         **settings,
     }
-    unknown = sorted(set(given) - {f.name for f in dataclasses.fields(Settings)})
-    if unknown:
-        expected = "among " + ", ".join(f.name for f in dataclasses.fields(Settings))
-        raise ArgumentError("distill", ", ".join(unknown), expected=expected, got="an unknown name")
-    given["labels"] = labels if labels is not None else None if (teacher, student, data) == (None, None, None) else 0
-    if seed is not None and seeds is not None:
-        raise ArgumentError("distill", "seed", expected="left out where seeds are given", got=repr(seed))
-    if seed is not None:
-        seeds = (seed,)
-    if seeds is None and isinstance(student, Module):
-        seeds = (0,)
-    if seeds is not None and not isinstance(seeds, Sequence | np.ndarray | range):
-        raise ArgumentError("distill", "seeds", expected="several seeds, such as range(5)", got=repr(seeds))
-    given["seeds"] = None if seeds is None else tuple(int(s) for s in seeds)
-    for name, value in (("teacher", teacher), ("student", student)):
-        if isinstance(value, Sequence):
-            given[name] = tuple(value)
-    given = {k: v.item() if isinstance(v, np.generic) else v for k, v in given.items() if v is not None}
-    named = data is None or isinstance(data, str)
-    if isinstance(data, str):
-        given["data"] = data
-    chosen = dataclasses.replace(Settings(), **given)
-    label_column = chosen.label_column
-    dataset = None if named else load(data, split_seed=chosen.split_seed, label_column=label_column)
+    if labels is None and any(value is not None for value in (teacher, student, data)):
+        labels = 0
+    chosen = _chosen(options, teacher, student, data, labels, _seeds(student, seed, seeds))
+    dataset = None
+    if data is not None and not isinstance(data, str):
+        dataset = load(data, split_seed=chosen.split_seed, label_column=chosen.label_column)
     experiment = Experiment(
         chosen,
         dataset=dataset,

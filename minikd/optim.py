@@ -78,7 +78,7 @@ class Optimizer:
         TapeError : no parameter has a gradient, so that backward was probably forgotten.
         """
         parameters = self.arena.parameters
-        without = [p for p in parameters if p.grad is None]
+        without = [p for p in parameters if not p.has_gradient]
         if len(without) == len(parameters):
             raise TapeError(
                 type(self).__name__,

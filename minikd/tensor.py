@@ -73,6 +73,11 @@ class Tensor(tape.Recordable):
         return int(self.array.size)
 
     @property
+    def has_gradient(self) -> bool:
+        """Whether a backward pass left a gradient here since the last `zero_grad`."""
+        return self._grad is not None
+
+    @property
     def grad(self) -> Tensor | None:
         return None if self._grad is None else Tensor.of(self._grad)
 

@@ -452,8 +452,9 @@ def test_values_of_numpy_are_taken_and_texts_are_refused_by_name() -> None:
         kd.distill((4,), (2,), "digits", temperature="3")
     with pytest.raises(ArgumentError, match="seeds"):
         kd.distill((4,), (2,), "digits", seeds=3)
-    with pytest.raises(ArgumentError, match="source"):
-        kd.distill((4,), (2,), {"x": 1})
+    for neither_name_nor_arrays in ({"x": 1}, np.zeros((4, 3))):
+        with pytest.raises(ArgumentError, match="source"):
+            kd.distill(None, None, neither_name_nor_arrays)
 
 
 def test_adamw_decays_its_weights_where_nothing_else_was_said(blobs) -> None:

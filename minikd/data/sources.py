@@ -97,7 +97,7 @@ def read(source: object, label_column: str) -> RawData:
         WHERE,
         "source",
         expected="a Dataset, a name or path, or a tuple (x, y) or (x_train, y_train, x_test, y_test)",
-        got=type(source).__name__ if source != "" else "an empty text",
+        got="an empty text" if isinstance(source, str) else type(source).__name__,
     )
 
 
