@@ -8,6 +8,7 @@
 #include "bias.inc.c"
 #include "dropout.inc.c"
 #include "losses.inc.c"
+#include "predictions.inc.c"
 #include "shapes.inc.c"
 #include "softmax.inc.c"
 #include "updates.inc.c"
@@ -41,6 +42,9 @@ const minikd_entry MINIKD_TABLE[] = {
     {"dropout_vjp", dropout_vjp},
     {"take", take},
     {"take_vjp", take_vjp},
+    {"take_scaled", take_scaled},
     {"add_into", add_into},
+    {"argmax", argmax},
+    {"correct_count", correct_count},
     {NULL, NULL},
 };

@@ -80,25 +80,29 @@ static double label_peak(const smoothed_label *label, int64_t y)
     return label->weight ? label->weight[y] * label->peak : label->peak;
 }
 
-/* Σ_j w_j·ỹ_j */
-static double label_sum(const smoothed_label *label, int64_t y)
+/* scale·(-Σ_j w_j·ỹ_j·log softmax(z)_j) of `count` rows, given top = max z and total = Σ exp(z - top) of each, and what
+ * their weights exp(z - top) are multiplied by in the gradient. Both are 0 where the label y is -1, which is none. */
+static void hard_losses(const smoothed_label *label, double *loss, real *factor, const real *z, const int64_t *y,
+                        int64_t c, int64_t count, const real *top, const double *total, double scale)
 {
-    return label_peak(label, y) + label->base * label->weight_sum;
+    double peak[LANES], below_top[LANES], others[LANES] = {0};
+    const double base = label->base, base_sum = base * label->weight_sum;
+    for (int64_t l = 0; l < count; l++, z += c) {
+        peak[l] = y[l] < 0 ? 0 : label_peak(label, y[l]);
+        below_top[l] = peak[l] == 0 ? 0 : (double)top[l] - z[y[l]];
+        if (y[l] >= 0 && base_sum != 0)
+            others[l] = base * weighted_shifts(z, label->weight, c, top[l]);
+    }
+    SIMD
+    for (int64_t l = 0; l < count; l++) {
+        const double log_total = logarithm(total[l]);
+        const double row = peak[l] * (log_total + below_top[l]) + (base_sum * log_total - others[l]);
+        loss[l] = y[l] < 0 ? 0 : row * scale;
+        factor[l] = y[l] < 0 ? 0 : (real)((peak[l] + base_sum) * scale * reciprocal(total[l]));
+    }
 }
 
-/* -Σ_j w_j·ỹ_j·log softmax(z)_j, given top = max z and log_total = log Σ exp(z - top). */
-static double hard_loss(const smoothed_label *label, const real *z, int64_t y, int64_t c, real top, double log_total)
-{
-    const double peak = label_peak(label, y);
-    double loss = log_total == log_total ? 0 : log_total; /* NaN in a row stays, whatever the weights */
-    if (peak != 0)
-        loss += peak * (log_total - ((double)z[y] - top));
-    if (label->base != 0 && label->weight_sum != 0)
-        loss += label->base * (label->weight_sum * log_total - weighted_shifts(z, label->weight, c, top));
-    return loss;
-}
-
-/* gradient -= scale·w_j·ỹ_j: the second part of scale·(softmax(z)·Σ w·ỹ - w·ỹ). */
+/* gradient -= scale·w_j·ỹ_j for one labelled row: the second part of scale·(softmax(z)·Σ w·ỹ - w·ỹ). */
 static void subtract_label(const smoothed_label *label, real *gradient, int64_t y, int64_t c, double scale)
 {
     const real base = (real)(label->base * scale), *w = label->weight;
@@ -110,41 +114,40 @@ static void subtract_label(const smoothed_label *label, real *gradient, int64_t 
 
 /* --- cross-entropy with integer labels --- */
 
-/* The loss of one labelled row; dz = scale·(softmax(z)·Σ w·ỹ - w·ỹ), or NULL. */
-static double cross_entropy_row(const smoothed_label *label, real *dz, const real *z, int64_t y, int64_t c,
-                                double scale)
+/* The loss of one row; dz = scale·(softmax(z)·Σ w·ỹ - w·ỹ), or NULL. A row whose label is -1 has neither. */
+static void cross_entropy_row(const smoothed_label *label, double *loss, real *dz, const real *z, int64_t y, int64_t c,
+                              double scale)
 {
     const softening s = softened(1);
-    const real top = maximum(z, c);
-    const double total = weights(dz, z, c, &s, top);
-    if (dz) {
-        const real factor = (real)(label_sum(label, y) / total * scale);
-        SIMD
-        for (int64_t j = 0; j < c; j++)
-            dz[j] *= factor;
-        subtract_label(label, dz, y, c, scale);
+    *loss = 0;
+    if (y < 0) {
+        if (dz)
+            fill(dz, c, 0);
+        return;
     }
-    return hard_loss(label, z, y, c, top, logarithm(total));
+    const real top = maximum(z, c);
+    const double total = dz ? weights(dz, z, c, &s, top, c) : total_weight(z, c, &s, top);
+    real factor;
+    hard_losses(label, loss, &factor, z, &y, c, 1, &top, &total, scale);
+    if (!dz)
+        return;
+    SIMD
+    for (int64_t j = 0; j < c; j++)
+        dz[j] *= factor;
+    subtract_label(label, dz, y, c, scale);
 }
 
-/* The same for `count` ≤ LANES narrow rows, of which those with ignore_index have loss and gradient 0. */
-static void cross_entropy_tile(const smoothed_label *label, double *row, real *dz, const real *z, const int64_t *target,
-                               int64_t ignore_index, int64_t c, int64_t count, double scale)
+/* The same for `count` ≤ LANES narrow rows. */
+static void cross_entropy_tile(const smoothed_label *label, double *loss, real *dz, const real *z, const int64_t *y,
+                               int64_t c, int64_t count, double scale)
 {
     const softening s = softened(1);
     real tile[NARROW * LANES], top[LANES], factor[LANES] = {0};
-    double total[LANES], log_total[LANES];
+    double total[LANES];
     load_tile(tile, z, c, count);
-    tile_maximum(top, tile, c);
+    maxima(top, tile, c);
     tile_weights(tile, total, tile, top, c, &s);
-    SIMD
-    for (int l = 0; l < LANES; l++)
-        log_total[l] = logarithm(total[l]);
-    for (int64_t l = 0; l < count; l++) {
-        const int labelled = target[l] != ignore_index;
-        row[l] = labelled ? hard_loss(label, z + l * c, target[l], c, top[l], log_total[l]) : 0;
-        factor[l] = labelled ? (real)(label_sum(label, target[l]) / total[l] * scale) : 0;
-    }
+    hard_losses(label, loss, factor, z, y, c, count, top, total, scale);
     if (!dz)
         return;
     for (int64_t j = 0; j < c; j++) {
@@ -154,8 +157,25 @@ static void cross_entropy_tile(const smoothed_label *label, double *row, real *d
     }
     store_tile(dz, tile, c, count);
     for (int64_t l = 0; l < count; l++)
-        if (target[l] != ignore_index)
-            subtract_label(label, dz + l * c, target[l], c, scale);
+        if (y[l] >= 0)
+            subtract_label(label, dz + l * c, y[l], c, scale);
+}
+
+/* The labels of `count` rows, -1 for those that have none. */
+static void labels_or_none(int64_t *y, const int64_t *target, int64_t count, int64_t ignore_index)
+{
+    for (int64_t l = 0; l < count; l++)
+        y[l] = target && target[l] != ignore_index ? target[l] : -1;
+}
+
+/* The losses of `count` ≤ LANES rows and their gradients, unless dz is NULL. */
+static void cross_entropy_rows(const smoothed_label *label, double *loss, real *dz, const real *z, const int64_t *y,
+                               int64_t c, int64_t count, double scale)
+{
+    if (c <= NARROW)
+        cross_entropy_tile(label, loss, dz, z, y, c, count, scale);
+    for (int64_t l = 0; c > NARROW && l < count; l++)
+        cross_entropy_row(label, loss + l, dz ? dz + l * c : NULL, z + l * c, y[l], c, scale);
 }
 
 /* loss = -Σ_c w_c·ỹ_c·log softmax(z)_c;  dz = softmax(z)·Σ w·ỹ - w·ỹ;  ỹ = (1-e)·onehot(y) + e/C */
@@ -178,21 +198,14 @@ static int64_t cross_entropy(const minikd_call *call)
 
     for (int64_t i = 0; i < n; i += LANES) {
         const int64_t count = smaller(n - i, LANES);
-        real *dz = gradient ? gradient + i * c : NULL;
-        double row[LANES] = {0};
-        if (c <= NARROW) {
-            cross_entropy_tile(&label, row, dz, z + i * c, target + i, a->ignore_index, c, count, scale);
-        } else {
-            for (int64_t l = 0; l < count; l++, dz += dz ? c : 0)
-                if (target[i + l] != a->ignore_index)
-                    row[l] = cross_entropy_row(&label, dz, z + (i + l) * c, target[i + l], c, scale);
-                else if (dz)
-                    fill(dz, c, 0);
-        }
+        int64_t y[LANES];
+        double row[LANES];
+        labels_or_none(y, target + i, count, a->ignore_index);
+        cross_entropy_rows(&label, row, gradient ? gradient + i * c : NULL, z + i * c, y, c, count, scale);
         total_loss += add_rows(a->reduction == MINIKD_NONE ? loss + i : NULL, row, count);
     }
     if (a->reduction != MINIKD_NONE)
-        *loss = reduced(total_loss, divisor, a->reduction);
+        *loss = (real)total_loss;
     return MINIKD_DONE;
 }
 
@@ -214,7 +227,8 @@ static int64_t soft_cross_entropy(const minikd_call *call)
     for (int64_t i = 0; i < n; i++, z += c, target += c) {
         real *dz = gradient ? gradient + i * c : NULL;
         const real top = maximum(z, c);
-        const double total = weights(dz, z, c, &s, top), log_total = logarithm(total);
+        const double total = dz ? weights(dz, z, c, &s, top, c) : total_weight(z, c, &s, top);
+        const double log_total = logarithm(total);
         const real log_sum = (real)log_total;
         double row = log_total == log_total ? 0 : log_total, sum_y = 0;
         for (int64_t first = 0; first < c; first += BLOCK) {
@@ -299,7 +313,129 @@ static int64_t kl_div(const minikd_call *call)
 
 /* --- distillation --- */
 
-/* (e^δ - 1 - δ) / δ² = 1/2! + δ/3! + δ²/4! + … for |δ| < NEAR, to the precision of real. */
+/* Higher temperatures are computed as this one: T²·KL and T·(p - q) have then reached their limits. */
+#define LARGEST_TEMPERATURE 1e9
+
+/* From here on KL(q ‖ p) of a row is taken as a difference of sums: cancellation costs it less than a millionth. */
+#define FAR_APART 0.2
+
+/* Where the weights of the hard loss come from. exp(z) = exp(z/T)^T is the student's weight at T squared so often: */
+enum hard_weights { SQUARED_0, SQUARED_1, SQUARED_2, SQUARED_3, COMPUTED, NO_LABELS };
+
+static enum hard_weights hard_weights_of(int labelled, double t)
+{
+    if (!labelled)
+        return NO_LABELS;
+    return t == 1 ? SQUARED_0 : t == 2 ? SQUARED_1 : t == 4 ? SQUARED_2 : t == 8 ? SQUARED_3 : COMPUTED;
+}
+
+INLINE real squared(real x, enum hard_weights times)
+{
+    for (int k = SQUARED_0; k < (int)times; k++)
+        x *= x;
+    return x;
+}
+
+/* What all rows of one distillation loss have in common. */
+typedef struct {
+    int64_t c;
+    double hard_scale, soft_scale;           /* the weights, with the reduction's factor; T² in the soft one */
+    double soft_factor;                      /* of p - q in the gradient */
+    double inverse_s, inverse_t;             /* 1/T of the student, and of the teacher: 1 for log-probabilities */
+    softening student, teacher, hard;        /* at these, and at 1 */
+    enum hard_weights hard_weights;
+    smoothed_label label;
+    int past_caches; /* whether the gradient is too large for them */
+    real *p, *q, *e; /* memory for one wide row each, in whole steps */
+} distillation;
+
+/* What is found out about LANES rows, or about one wide row in LANES parts: the largest scores, and over the weights
+ * at T of student and teacher Σ p, Σ q, Σ q·((z_t - top_t) - (z_s - top_s)·ratio) with ratio = T_t/T_s, and the sum Σ e
+ * of the student's at 1. */
+typedef struct {
+    real top_s[LANES], top_t[LANES];
+    row_softening student, teacher, hard;
+    double p[LANES], q[LANES], apart[LANES], e[LANES];
+} row_sums;
+
+static void start_sums(row_sums *sums, const distillation *d)
+{
+    soften_rows(&sums->student, &d->student, sums->top_s);
+    soften_rows(&sums->teacher, &d->teacher, sums->top_t);
+    if (d->hard_weights == COMPUTED)
+        soften_rows(&sums->hard, &d->hard, sums->top_s);
+    for (int l = 0; l < LANES; l++)
+        sums->p[l] = sums->q[l] = sums->apart[l] = sums->e[l] = 0;
+}
+
+/* The weights p and q, and e where it is COMPUTED, and their sums. In each call hard_weights is a constant, so that the
+ * loop has no branch. Meanwhile the next row is fetched, which is c further on. */
+INLINE void add_steps(row_sums *sums, real *p, real *q, real *e, const real *z_s, const real *z_t, int64_t steps,
+                      const distillation *d, enum hard_weights hard_weights)
+{
+    const softening student = d->student, teacher = d->teacher, hard = d->hard;
+    const real ratio = (real)(d->inverse_s / d->inverse_t);
+    for (int64_t first = 0; first < steps; first += STEPS) {
+        const int64_t end = smaller(first + STEPS, steps) * LANES;
+        real sum_p[LANES] = {0}, sum_q[LANES] = {0}, sum_apart[LANES] = {0}, sum_e[LANES] = {0};
+        for (int64_t j = first * LANES; j < end; j += LANES) {
+            FETCH(z_s + j + d->c);
+            FETCH(z_t + j + d->c);
+            SIMD
+            for (int l = 0; l < LANES; l++) {
+                const real zs = z_s[j + l], zt = z_t[j + l];
+                const real pl = weight(&student, &sums->student, l, zs), ql = weight(&teacher, &sums->teacher, l, zt);
+                const real apart = fused(-ratio, zs - sums->top_s[l], zt - sums->top_t[l]), term = ql * apart;
+                p[j + l] = pl;
+                q[j + l] = ql;
+                sum_p[l] += pl;
+                sum_q[l] += ql;
+                sum_apart[l] += ql == 0 ? 0 : term;
+                if (hard_weights <= SQUARED_3) {
+                    sum_e[l] += squared(pl, hard_weights);
+                } else if (hard_weights == COMPUTED) {
+                    const real el = weight(&hard, &sums->hard, l, zs);
+                    e[j + l] = el;
+                    sum_e[l] += el;
+                }
+            }
+        }
+        SIMD
+        for (int l = 0; l < LANES; l++) {
+            sums->p[l] += sum_p[l];
+            sums->q[l] += sum_q[l];
+            sums->apart[l] += sum_apart[l];
+            sums->e[l] += sum_e[l];
+        }
+    }
+}
+
+static void add_to_sums(row_sums *sums, real *p, real *q, real *e, const real *z_s, const real *z_t, int64_t steps,
+                        const distillation *d)
+{
+    switch (d->hard_weights) {
+    case SQUARED_0:
+        add_steps(sums, p, q, e, z_s, z_t, steps, d, SQUARED_0);
+        break;
+    case SQUARED_1:
+        add_steps(sums, p, q, e, z_s, z_t, steps, d, SQUARED_1);
+        break;
+    case SQUARED_2:
+        add_steps(sums, p, q, e, z_s, z_t, steps, d, SQUARED_2);
+        break;
+    case SQUARED_3:
+        add_steps(sums, p, q, e, z_s, z_t, steps, d, SQUARED_3);
+        break;
+    case COMPUTED:
+        add_steps(sums, p, q, e, z_s, z_t, steps, d, COMPUTED);
+        break;
+    default:
+        add_steps(sums, p, q, e, z_s, z_t, steps, d, NO_LABELS);
+    }
+}
+
+/* (e^δ - 1 - δ) / δ² = 1/2 + δ/6 + δ²/24 + … for |δ| < NEAR: Chebyshev interpolations, of a relative error below 2e-7
+ * in float and 4e-18 in double. */
 #ifdef MINIKD_DOUBLE
 #define NEAR 0.5
 #else
@@ -308,320 +444,271 @@ static int64_t kl_div(const minikd_call *call)
 INLINE real second_order(real delta)
 {
 #ifdef MINIKD_DOUBLE
-    real s = 1 / 355687428096000.0;
-    s = fused(s, delta, 1 / 20922789888000.0);
-    s = fused(s, delta, 1 / 1307674368000.0);
-    s = fused(s, delta, 1 / 87178291200.0);
-    s = fused(s, delta, 1 / 6227020800.0);
-    s = fused(s, delta, 1 / 479001600.0);
+    real s = 0x1.6267cf434f12cp-33;
+    s = fused(s, delta, 0x1.201cd8001288bp-29);
+    s = fused(s, delta, 0x1.ae63a07779c78p-26);
+    s = fused(s, delta, 0x1.27e450c2e35f7p-22);
+    s = fused(s, delta, 0x1.71de3a84a10c3p-19);
+    s = fused(s, delta, 0x1.a01a01f8a44eap-16);
+    s = fused(s, delta, 0x1.a01a01a00ef0fp-13);
+    s = fused(s, delta, 0x1.6c16c16c02003p-10);
+    s = fused(s, delta, 0x1.1111111111120p-7);
+    s = fused(s, delta, 0x1.555555555558ep-5);
+    s = fused(s, delta, 0x1.5555555555555p-3);
 #else
-    real s = 1 / 479001600.0f;
+    real s = 0x1.a845p-16f;
+    s = fused(s, delta, 0x1.aa54b6p-13f);
+    s = fused(s, delta, 0x1.6c066p-10f);
+    s = fused(s, delta, 0x1.10fc8ap-7f);
+    s = fused(s, delta, 0x1.555566p-5f);
+    s = fused(s, delta, 0x1.55557ep-3f);
 #endif
-    s = fused(s, delta, (real)(1 / 39916800.0));
-    s = fused(s, delta, (real)(1 / 3628800.0));
-    s = fused(s, delta, (real)(1 / 362880.0));
-    s = fused(s, delta, (real)(1 / 40320.0));
-    s = fused(s, delta, (real)(1 / 5040.0));
-    s = fused(s, delta, (real)(1 / 720.0));
-    s = fused(s, delta, (real)(1 / 120.0));
-    s = fused(s, delta, (real)(1 / 24.0));
-    s = fused(s, delta, (real)(1 / 6.0));
     return fused(s, delta, (real)0.5);
 }
 
-/* What one row's soft term is computed with: p = weight·per_p, q = weight·per_q, and in two parts each
- * δ = log p - log q = (z_s - z_t)·inverse + shift. */
+/* What the rows' results are computed with: dz = p·per_p - q·per_q + e·per_e, and if KL is small, δ = log p - log q. */
 typedef struct {
-    real per_p, per_q;
-    real inverse, inverse_rest;
-    real shift, shift_rest;
-} soft_row;
+    real per_p[LANES], per_q[LANES], per_e[LANES];
+    double kl[LANES], log_of_sums[LANES]; /* KL(q ‖ p), log(Σ q / Σ p) */
+} row_results;
 
-INLINE soft_row soft_row_of(real top_s, real top_t, double total_p, double total_q, double log_of_sums,
-                            double inverse_t)
+/* The losses of `count` rows, as far as the hard term goes, and KL as a difference of sums:
+ * Σ q·(log q - log p) = Σ q·apart/T / Σ q - log(Σ q / Σ p). Returns whether any is too small for that. */
+INLINE int results_of(row_results *results, double *loss, const row_sums *sums, const distillation *d, const real *z_s,
+                      const int64_t *y, int64_t count)
 {
-    const double s = top_s, t = top_t, gap = s - t, lost = (s - (gap - (gap - s))) - (t + (gap - s));
-    const double shift = log_of_sums - gap * inverse_t;
-    soft_row row;
-    row.per_p = (real)(1 / total_p);
-    row.per_q = (real)(1 / total_q);
-    row.inverse = (real)inverse_t;
-    row.inverse_rest = (real)(inverse_t - row.inverse);
-    row.shift = (real)shift;
-    row.shift_rest = (real)((shift - row.shift) - lost * inverse_t);
-    return row;
+    int near = 0;
+    hard_losses(&d->label, loss, results->per_e, z_s, y, d->c, count, sums->top_s, sums->e, d->hard_scale);
+    SIMD
+    for (int64_t l = 0; l < count; l++) {
+        const double per_p = reciprocal(sums->p[l]), per_q = reciprocal(sums->q[l]);
+        const double log_of_sums = logarithm(fused_double(sums->q[l] - sums->p[l], per_p, 1.0)); /* 0 if they agree */
+        results->kl[l] = sums->apart[l] * per_q * d->inverse_t - log_of_sums;
+        results->log_of_sums[l] = log_of_sums;
+        results->per_p[l] = (real)(d->soft_factor * per_p);
+        results->per_q[l] = (real)(d->soft_factor * per_q);
+    }
+    for (int64_t l = 0; l < count; l++)
+        near |= results->kl[l] < FAR_APART;
+    return near;
+}
+
+/* dz = p·per_p - q·per_q + e·per_e. dz may be any of p, q and e. */
+INLINE void combine_steps(real *dz, const real *p, const real *q, const real *e, int64_t steps,
+                          const row_results *results, enum hard_weights hard_weights)
+{
+    for (int64_t j = 0; j < steps * LANES; j += LANES) {
+        SIMD
+        for (int l = 0; l < LANES; l++) {
+            const real soft = p[j + l] * results->per_p[l] - q[j + l] * results->per_q[l];
+            const real el = hard_weights == COMPUTED ? e[j + l] : squared(p[j + l], hard_weights);
+            dz[j + l] = hard_weights == NO_LABELS ? soft : fused(el, results->per_e[l], soft);
+        }
+    }
+}
+
+static void combine(real *dz, const real *p, const real *q, const real *e, int64_t steps, const row_results *results,
+                    enum hard_weights hard_weights)
+{
+    switch (hard_weights) {
+    case SQUARED_0:
+        combine_steps(dz, p, q, e, steps, results, SQUARED_0);
+        break;
+    case SQUARED_1:
+        combine_steps(dz, p, q, e, steps, results, SQUARED_1);
+        break;
+    case SQUARED_2:
+        combine_steps(dz, p, q, e, steps, results, SQUARED_2);
+        break;
+    case SQUARED_3:
+        combine_steps(dz, p, q, e, steps, results, SQUARED_3);
+        break;
+    case COMPUTED:
+        combine_steps(dz, p, q, e, steps, results, COMPUTED);
+        break;
+    default:
+        combine_steps(dz, p, q, e, steps, results, NO_LABELS);
+    }
+}
+
+/* What KL(q ‖ p) of rows with p ≈ q is computed with: p = weight·per_p, q = weight·per_q, and in two parts each
+ * δ = log p - log q = (z_s - z_t)/T + shift where both have one T, else (z_s - top_s)/T - (z_t - top_t) + shift. */
+typedef struct {
+    real per_p[LANES], per_q[LANES], shift[LANES], shift_rest[LANES];
+    real inverse, inverse_rest;
+    int same_temperature;
+} near_rows;
+
+static void near_rows_of(near_rows *near, const row_sums *sums, const row_results *results, const distillation *d,
+                         int64_t count)
+{
+    near->same_temperature = d->inverse_s == d->inverse_t;
+    near->inverse = (real)d->inverse_s;
+    near->inverse_rest = (real)(d->inverse_s - near->inverse);
+    for (int64_t l = 0; l < count; l++) {
+        const double s = sums->top_s[l], t = sums->top_t[l], gap = near->same_temperature ? s - t : 0;
+        const double lost = near->same_temperature ? (s - (gap - (gap - s))) - (t + (gap - s)) : 0;
+        const double shift = results->log_of_sums[l] - gap * d->inverse_s;
+        near->per_p[l] = (real)reciprocal(sums->p[l]);
+        near->per_q[l] = (real)reciprocal(sums->q[l]);
+        near->shift[l] = (real)shift;
+        near->shift_rest[l] = (real)((shift - near->shift[l]) - lost * d->inverse_s);
+    }
 }
 
 /* log p - log q, which is a small difference of large numbers where the soft labels agree: so the gap between the
  * logits is taken without rounding (Knuth's two-sum), and the rest of each part is carried along. */
-INLINE real log_ratio(const soft_row *row, real z_s, real z_t)
+INLINE real log_ratio(const near_rows *near, int l, real z_s, real z_t)
 {
     const real gap = z_s - z_t, back = gap - z_s;
     const real lost = (z_s - (gap - back)) - (z_t + back);
-    const real rest = fused(gap, row->inverse_rest, fused(lost, row->inverse, row->shift_rest));
+    const real rest = fused(gap, near->inverse_rest, fused(lost, near->inverse, near->shift_rest[l]));
     const real rest_or_0 = gap - gap == 0 ? rest : 0; /* an infinite gap has none */
-    return exact_product(gap, row->inverse, row->shift) + rest_or_0;
+    return exact_product(gap, near->inverse, near->shift[l]) + rest_or_0;
 }
 
-/* q·(e^δ - 1 - δ), whose sum is KL(q ‖ p) because Σp = Σq: no term is negative, nothing cancels when p ≈ q.
- * difference = p - q. Near δ = 0 both come from the series; where q = 0 both are p. */
-INLINE real soft_term(const soft_row *row, real p_weight, real q_weight, real z_s, real z_t, real *difference)
+/* kl += Σ q·(e^δ - 1 - δ), which is KL(q ‖ p) because Σp = Σq: no term is negative, nothing cancels when p ≈ q.
+ * Near δ = 0 the terms come from the series; where q = 0 they are p. */
+INLINE void add_near_steps(double *kl, const near_rows *near, const row_sums *sums, const real *p, const real *q,
+                           const real *z_s, const real *z_t, int64_t steps, int same_temperature)
 {
-    const real p = p_weight * row->per_p, q = q_weight * row->per_q;
-    const real delta = log_ratio(row, z_s, z_t), size = REAL(fabs)(delta);
-    const real d = size < NEAR ? delta : 0, tail = d * d * second_order(d);
-    const real series = q * (d + tail), direct = p - q, small = q * tail, large = direct - q * delta;
-    *difference = q == 0 ? p : size < NEAR ? series : direct;
-    return q == 0 ? p : size < NEAR ? small : large;
-}
-
-/* Higher temperatures are computed as this one: T²·KL and T·(p - q) have then reached their limits. */
-#define LARGEST_TEMPERATURE 1e9
-
-/* What all rows of one distillation loss have in common. */
-typedef struct {
-    int64_t c;
-    double hard_scale, soft_scale; /* the weights, with the reduction's factor; T² in the soft one */
-    real soft_factor;              /* of p - q in the gradient */
-    double inverse_t;
-    softening hard, soft; /* at 1 and at T */
-    int doublings;        /* exp(z) = exp(z/T)^T is the weight at T squared so often; -1 if T is not 1, 2, 4 or 8 */
-    smoothed_label label;
-    real *p, *q; /* memory for one wide row each */
-} distillation;
-
-static int doublings_of(double t)
-{
-    return t == 1 ? 0 : t == 2 ? 1 : t == 4 ? 2 : t == 8 ? 3 : -1;
-}
-
-/* e = p^(2^doublings). In each of its calls doublings is a constant, so that the loop has no branch. */
-INLINE void squared_by(real *e, const real *p, int64_t count, int doublings)
-{
-    SIMD
-    for (int64_t j = 0; j < count; j++) {
-        real ej = p[j];
-        for (int k = 0; k < doublings; k++)
-            ej *= ej;
-        e[j] = ej;
+    const near_rows fixed = *near;
+    for (int64_t j = 0; j < steps * LANES; j += LANES) {
+        SIMD
+        for (int l = 0; l < LANES; l++) {
+            const real zs = z_s[j + l], zt = z_t[j + l];
+            const real pl = p[j + l] * fixed.per_p[l], ql = q[j + l] * fixed.per_q[l];
+            const real apart = fused(zs - sums->top_s[l], fixed.inverse, fixed.shift[l]) - (zt - sums->top_t[l]);
+            const real delta = same_temperature ? log_ratio(&fixed, l, zs, zt) : apart;
+            const real small = ql * (delta * delta * second_order(delta)), large = (pl - ql) - ql * delta;
+            kl[l] += ql == 0 ? pl : REAL(fabs)(delta) < NEAR ? small : large;
+        }
     }
 }
 
-static void squared(real *e, const real *p, int64_t count, int doublings)
+static void add_near(double *kl, const near_rows *near, const row_sums *sums, const real *p, const real *q,
+                     const real *z_s, const real *z_t, int64_t steps)
 {
-    switch (doublings) {
-    case 0:
-        squared_by(e, p, count, 0);
-        break;
-    case 1:
-        squared_by(e, p, count, 1);
-        break;
-    case 2:
-        squared_by(e, p, count, 2);
-        break;
-    default:
-        squared_by(e, p, count, 3);
-    }
+    if (near->same_temperature)
+        add_near_steps(kl, near, sums, p, q, z_s, z_t, steps, 1);
+    else
+        add_near_steps(kl, near, sums, p, q, z_s, z_t, steps, 0);
 }
 
-/* The sums over a row of weights: Σ of the student's at T, of the teacher's at T, of the student's at 1, and
- * Σ q_weight·((z_t - top_t) - (z_s - top_s)). */
-typedef struct {
-    double p, q, e, apart;
-} soft_sums;
-
-/* The weights at T of at most BLOCK of a row, in p and q, and their sums. */
-static void add_block(soft_sums *sums, real *p, real *q, const real *z_s, const real *z_t, int64_t count,
-                      const distillation *d, real top_s, real top_t)
-{
-    const softening soft = d->soft;
-    const row_softening of_s = softened_row(&soft, top_s), of_t = softened_row(&soft, top_t);
-    real term[BLOCK];
-    SIMD
-    for (int64_t j = 0; j < count; j++) {
-        const real pj = weight(&soft, &of_s, z_s[j]), qj = weight(&soft, &of_t, z_t[j]);
-        const real apart = (z_t[j] - top_t) - (z_s[j] - top_s);
-        p[j] = pj;
-        q[j] = qj;
-        term[j] = qj == 0 ? 0 : qj * apart;
-    }
-    sums->p += quick_sum(p, count);
-    sums->q += quick_sum(q, count);
-    sums->apart += quick_sum(term, count);
-    if (d->doublings >= 0) {
-        squared(term, p, count, d->doublings);
-        sums->e += quick_sum(term, count);
-    }
-}
-
-/* The weights of a wide row at T, student's and teacher's, in d->p and d->q, and their sums. */
-static soft_sums soft_weights(const distillation *d, const real *z_s, const real *z_t, real top_s, real top_t)
-{
-    soft_sums sums = {0, 0, 0, 0};
-    for (int64_t j = 0; j < d->c; j += BLOCK)
-        add_block(&sums, d->p + j, d->q + j, z_s + j, z_t + j, block_size(d->c - j), d, top_s, top_t);
-    return sums;
-}
-
-/* dz = dz·hard_factor + (p - q)·soft_factor */
-static void combine(real *dz, const real *p, const real *q, int64_t count, const soft_row *row, real hard_factor,
-                    real soft_factor)
-{
-    const real per_p = row->per_p, per_q = row->per_q;
-    SIMD
-    for (int64_t j = 0; j < count; j++)
-        dz[j] = fused(p[j] * per_p - q[j] * per_q, soft_factor, dz[j] * hard_factor);
-}
-
-/* The same, with p - q taken without cancellation; returns KL(q ‖ p). */
-static double combine_near(real *dz, const real *p, const real *q, const real *z_s, const real *z_t, int64_t count,
-                           const soft_row *row, real hard_factor, real soft_factor)
-{
-    const soft_row fixed = *row;
-    real term[BLOCK];
-    SIMD
-    for (int64_t j = 0; j < count; j++) {
-        real difference;
-        term[j] = soft_term(&fixed, p[j], q[j], z_s[j], z_t[j], &difference);
-        dz[j] = fused(difference, soft_factor, dz[j] * hard_factor);
-    }
-    return quick_sum(term, count);
-}
-
-/* From here on KL(q ‖ p) of a row is taken as a difference of sums: cancellation costs it less than a millionth. */
-#define FAR_APART 0.2
-
-/* KL(q ‖ p) of one row;  dz = dz·hard_factor + (p - q)·soft_factor, unless dz is NULL.
- * Σ q·(log q - log p) = Σ q_weight·((z_t - top_t) - (z_s - top_s))/T / Σ q_weight - log(Σ q_weight / Σ p_weight) */
-static double soft_loss(const distillation *d, real *dz, const real *z_s, const real *z_t, const soft_sums *sums,
-                        real top_s, real top_t, real hard_factor)
-{
-    const double log_of_sums = logarithm(sums->q / sums->p);
-    const double difference = sums->apart / sums->q * d->inverse_t - log_of_sums;
-    const int near = difference < FAR_APART;
-    if (!near && !dz)
-        return difference;
-    const soft_row row = soft_row_of(top_s, top_t, sums->p, sums->q, log_of_sums, d->inverse_t);
-    double kl = 0;
-    real unused[BLOCK] = {0};
-    for (int64_t j = 0; j < d->c; j += BLOCK) {
-        const int64_t count = block_size(d->c - j);
-        const real *p = d->p + j, *q = d->q + j;
-        real *out = dz ? dz + j : unused;
-        if (dz && d->doublings >= 0)
-            squared(out, p, count, d->doublings);
-        if (near)
-            kl += combine_near(out, p, q, z_s + j, z_t + j, count, &row, hard_factor, d->soft_factor);
-        else
-            combine(out, p, q, count, &row, hard_factor, d->soft_factor);
-    }
-    return !near ? difference : kl < 0 ? 0 : kl;
-}
-
-/* The loss of one row, whose label is y (-1 if it has none); dz is its gradient, or NULL. */
-static double distillation_row(const distillation *d, real *dz, const real *z_s, const real *z_t, int64_t y)
-{
-    const int64_t c = d->c;
-    const int is_soft = d->soft_scale != 0, is_hard = y >= 0;
-    const real top_s = maximum(z_s, c), top_t = is_soft ? maximum(z_t, c) : 0;
-    double loss = 0;
-    real hard_factor = 0;
-    soft_sums sums = {0, 0, 0, 0};
-    if (is_soft)
-        sums = soft_weights(d, z_s, z_t, top_s, top_t);
-    if (is_hard) {
-        const double total_e = is_soft && d->doublings >= 0 ? sums.e : weights(dz, z_s, c, &d->hard, top_s);
-        loss += d->hard_scale * hard_loss(&d->label, z_s, y, c, top_s, logarithm(total_e));
-        hard_factor = (real)(d->hard_scale * label_sum(&d->label, y) / total_e);
-    } else if (dz) {
-        fill(dz, c, 0);
-    }
-    if (is_soft)
-        loss += d->soft_scale * soft_loss(d, dz, z_s, z_t, &sums, top_s, top_t, hard_factor);
-    else if (dz)
-        for (int64_t j = 0; j < c; j++)
-            dz[j] *= hard_factor;
-    if (is_hard && dz)
-        subtract_label(&d->label, dz, y, c, d->hard_scale);
-    return loss;
-}
-
-/* The same for `count` ≤ LANES narrow rows. */
+/* The losses of `count` ≤ LANES narrow rows, whose labels are y (-1 for none, and in the lanes without a row); dz are
+ * their gradients, or NULL. */
 static void distillation_tile(const distillation *d, double *loss, real *dz, const real *z_s, const real *z_t,
                               const int64_t *y, int64_t count)
 {
-    const int64_t c = d->c, size = c * LANES;
-    const real soft_factor = d->soft_factor;
-    real tile_s[NARROW * LANES], tile_t[NARROW * LANES], e[NARROW * LANES], p[NARROW * LANES], q[NARROW * LANES];
-    real top_s[LANES], top_t[LANES], factor[LANES] = {0}, per_p[LANES], per_q[LANES], shift[LANES], shift_rest[LANES];
-    double total_e[LANES] = {0}, total_p[LANES], total_q[LANES], log_e[LANES], kl[LANES] = {0};
-    int labelled = 0;
-    for (int64_t l = 0; l < count; l++)
-        labelled |= y[l] >= 0;
+    const int64_t c = d->c;
+    real tile_s[NARROW * LANES], tile_t[NARROW * LANES], p[NARROW * LANES], q[NARROW * LANES], e[NARROW * LANES];
+    row_sums sums;
+    row_results results;
     load_tile(tile_s, z_s, c, count);
-    tile_maximum(top_s, tile_s, c);
-    if (d->soft_scale != 0) {
-        load_tile(tile_t, z_t, c, count);
-        tile_maximum(top_t, tile_t, c);
-        tile_weights(p, total_p, tile_s, top_s, c, &d->soft);
-        tile_weights(q, total_q, tile_t, top_t, c, &d->soft);
+    load_tile(tile_t, z_t, c, count);
+    maxima(sums.top_s, tile_s, c);
+    maxima(sums.top_t, tile_t, c);
+    start_sums(&sums, d);
+    add_to_sums(&sums, p, q, e, tile_s, tile_t, c, d);
+    if (results_of(&results, loss, &sums, d, z_s, y, LANES)) {
+        near_rows near;
+        double kl[LANES] = {0};
+        near_rows_of(&near, &sums, &results, d, LANES);
+        add_near(kl, &near, &sums, p, q, tile_s, tile_t, c);
+        for (int l = 0; l < LANES; l++)
+            results.kl[l] = !(results.kl[l] < FAR_APART) ? results.kl[l] : kl[l] < 0 ? 0 : kl[l];
     }
-    if (labelled && d->soft_scale != 0 && d->doublings >= 0) {
-        squared(e, p, size, d->doublings);
-        tile_sums(total_e, e, c);
-    } else if (labelled) {
-        tile_weights(e, total_e, tile_s, top_s, c, &d->hard);
-    } else {
-        fill(e, size, 0);
-    }
-    SIMD
     for (int l = 0; l < LANES; l++)
-        log_e[l] = labelled ? logarithm(total_e[l]) : 0;
-    for (int64_t l = 0; l < count; l++) {
-        const int has_label = y[l] >= 0;
-        loss[l] = has_label ? d->hard_scale * hard_loss(&d->label, z_s + l * c, y[l], c, top_s[l], log_e[l]) : 0;
-        factor[l] = has_label ? (real)(d->hard_scale * label_sum(&d->label, y[l]) / total_e[l]) : 0;
-    }
-    if (dz) {
-        for (int64_t j = 0; j < size; j += LANES) {
-            SIMD
-            for (int l = 0; l < LANES; l++)
-                e[j + l] = factor[l] == 0 ? 0 : e[j + l] * factor[l];
-        }
-    }
-    if (d->soft_scale != 0) {
-        const real inverse = (real)d->inverse_t, inverse_rest = (real)(d->inverse_t - inverse);
-        SIMD
-        for (int l = 0; l < LANES; l++) {
-            const double log_of_sums = logarithm(total_q[l] / total_p[l]);
-            const soft_row row = soft_row_of(top_s[l], top_t[l], total_p[l], total_q[l], log_of_sums, d->inverse_t);
-            per_p[l] = row.per_p;
-            per_q[l] = row.per_q;
-            shift[l] = row.shift;
-            shift_rest[l] = row.shift_rest;
-        }
-        for (int64_t j = 0; j < size; j += LANES) {
-            SIMD
-            for (int l = 0; l < LANES; l++) {
-                const soft_row row = {per_p[l], per_q[l], inverse, inverse_rest, shift[l], shift_rest[l]};
-                real difference;
-                kl[l] += soft_term(&row, p[j + l], q[j + l], tile_s[j + l], tile_t[j + l], &difference);
-                e[j + l] = fused(difference, soft_factor, e[j + l]);
-            }
-        }
-        for (int64_t l = 0; l < count; l++)
-            loss[l] += d->soft_scale * (kl[l] < 0 ? 0 : kl[l]);
-    }
+        loss[l] += d->soft_scale * results.kl[l];
     if (!dz)
         return;
-    store_tile(dz, e, c, count);
+    combine(p, p, q, e, c, &results, d->hard_weights);
+    store_tile(dz, p, c, count);
     for (int64_t l = 0; l < count; l++)
         if (y[l] >= 0)
             subtract_label(&d->label, dz + l * c, y[l], c, d->hard_scale);
 }
 
+/* What was found out about a row in LANES parts as that of the whole row, in the first lane. */
+static void gather_sums(row_sums *sums)
+{
+    sums->p[0] = across(sums->p);
+    sums->q[0] = across(sums->q);
+    sums->apart[0] = across(sums->apart);
+    sums->e[0] = across(sums->e);
+}
+
+/* KL(q ‖ p) of a wide row whose soft labels nearly agree. */
+static double near_kl(const distillation *d, const row_sums *sums, const row_results *results, const real *z_s,
+                      const real *z_t, const real *rest_s, const real *rest_t)
+{
+    const int64_t steps = d->c / LANES, whole = steps * LANES;
+    double kl[LANES] = {0};
+    near_rows near;
+    near_rows_of(&near, sums, results, d, 1);
+    fill(near.per_p, LANES, near.per_p[0]);
+    fill(near.per_q, LANES, near.per_q[0]);
+    fill(near.shift, LANES, near.shift[0]);
+    fill(near.shift_rest, LANES, near.shift_rest[0]);
+    add_near(kl, &near, sums, d->p, d->q, z_s, z_t, steps);
+    if (whole < d->c)
+        add_near(kl, &near, sums, d->p + whole, d->q + whole, rest_s, rest_t, 1);
+    const double total = across(kl);
+    return total < 0 ? 0 : total;
+}
+
+/* The loss of one wide row, whose label is y (-1 for none); dz is its gradient, or NULL. */
+static void distillation_row(const distillation *d, double *loss, real *dz, const real *z_s, const real *z_t, int64_t y)
+{
+    const int64_t c = d->c, steps = c / LANES, whole = steps * LANES;
+    real *p = d->p, *q = d->q, *e = d->e, rest_s[LANES], rest_t[LANES];
+    row_sums sums;
+    row_results results;
+    fill(sums.top_s, LANES, maximum(z_s, c));
+    fill(sums.top_t, LANES, maximum(z_t, c));
+    start_sums(&sums, d);
+    add_to_sums(&sums, p, q, e, z_s, z_t, steps, d);
+    if (whole < c) {
+        load_rest(rest_s, z_s, c);
+        load_rest(rest_t, z_t, c);
+        add_to_sums(&sums, p + whole, q + whole, e + whole, rest_s, rest_t, 1, d);
+    }
+    gather_sums(&sums);
+    if (results_of(&results, loss, &sums, d, z_s, &y, 1))
+        results.kl[0] = near_kl(d, &sums, &results, z_s, z_t, rest_s, rest_t);
+    *loss += d->soft_scale * results.kl[0];
+    if (!dz)
+        return;
+    fill(results.per_p, LANES, results.per_p[0]);
+    fill(results.per_q, LANES, results.per_q[0]);
+    fill(results.per_e, LANES, results.per_e[0]);
+    combine(d->past_caches ? p : dz, p, q, e, steps, &results, d->hard_weights);
+    if (whole < c) {
+        combine(rest_s, p + whole, q + whole, e + whole, 1, &results, d->hard_weights);
+        store_rest(d->past_caches ? p : dz, rest_s, c);
+    }
+    if (y >= 0)
+        subtract_label(&d->label, d->past_caches ? p : dz, y, c, d->hard_scale);
+    if (d->past_caches)
+        copy_past_caches(dz, p, c);
+}
+
+/* The losses of `count` ≤ LANES rows and their gradients, unless dz is NULL. */
+static void distillation_rows(const distillation *d, double *loss, real *dz, const real *z_s, const real *z_t,
+                              const int64_t *y, int64_t count)
+{
+    const int64_t c = d->c;
+    if (d->soft_scale == 0)
+        cross_entropy_rows(&d->label, loss, dz, z_s, y, c, count, d->hard_scale);
+    else if (c <= NARROW)
+        distillation_tile(d, loss, dz, z_s, z_t, y, count);
+    else
+        for (int64_t l = 0; l < count; l++)
+            distillation_row(d, loss + l, dz ? dz + l * c : NULL, z_s + l * c, z_t + l * c, y[l]);
+}
+
 /* loss = hard·CE(y, z_s) + soft·T²·KL(q ‖ p);  dz_s = hard·(softmax(z_s) - ỹ) + soft·T·(p - q);
- * p = softmax(z_s/T), q = softmax(z_t/T) */
+ * p = softmax(z_s/T), q = softmax(z_t/T), or softmax(z_t) with log_target */
 static int64_t distillation_loss(const minikd_call *call)
 {
     real *loss = call->buffer[0], *gradient = call->buffer[1];
@@ -643,40 +730,42 @@ static int64_t distillation_loss(const minikd_call *call)
         labelled += target[i] != a->ignore_index;
     const double t = temperature < LARGEST_TEMPERATURE ? temperature : LARGEST_TEMPERATURE;
     const double per_soft = soft * row_scale((double)n, a->reduction);
+    const int64_t padded = (c + LANES - 1) / LANES * LANES;
+    real here[3 * STACK_ROW];
     distillation d;
     d.c = c;
     d.hard_scale = hard * row_scale((double)labelled, a->reduction);
     d.soft_scale = per_soft * (a->scale_t2 ? t * t : 1);
-    d.inverse_t = inverse_temperature(t);
-    d.soft_factor = (real)(per_soft * (a->scale_t2 ? t : d.inverse_t));
+    d.inverse_s = inverse_temperature(t);
+    d.inverse_t = a->log_target ? 1 : d.inverse_s;
+    d.soft_factor = per_soft * (a->scale_t2 ? t : d.inverse_s);
+    d.student = softened(d.inverse_s);
+    d.teacher = softened(d.inverse_t);
     d.hard = softened(1);
-    d.soft = softened(d.inverse_t);
-    d.doublings = labelled && hard != 0 ? doublings_of(t) : -1;
+    d.hard_weights = hard_weights_of(labelled && d.hard_scale != 0, t);
     d.label = smoothed(a->label_smoothing, NULL, c);
-    real here[2 * STACK_ROW];
-    d.p = scratch(here, 2 * STACK_ROW, 2 * c);
+    d.past_caches = too_large_for_caches(n * c);
+    d.p = scratch(here, 3 * STACK_ROW, 3 * padded);
     if (!d.p)
         return MINIKD_NO_MEMORY;
-    d.q = d.p + c;
+    d.q = d.p + padded;
+    d.e = d.q + padded;
 
     double total_loss = 0;
     for (int64_t i = 0; i < n; i += LANES) {
-        const int64_t count = smaller(n - i, LANES);
+        const int64_t count = smaller(n - i, LANES), at = i * c;
         int64_t y[LANES];
         double row[LANES];
-        for (int64_t l = 0; l < count; l++)
-            y[l] = target && target[i + l] != a->ignore_index && d.hard_scale != 0 ? target[i + l] : -1;
-        if (c <= NARROW)
-            distillation_tile(&d, row, gradient ? gradient + i * c : NULL, z_s + i * c, z_t + i * c, y, count);
-        for (int64_t l = 0; c > NARROW && l < count; l++) {
-            const int64_t at = (i + l) * c;
-            row[l] = distillation_row(&d, gradient ? gradient + at : NULL, z_s + at, z_t + at, y[l]);
-        }
+        labels_or_none(y, d.hard_weights == NO_LABELS ? NULL : target + i, count, a->ignore_index);
+        for (int64_t l = count; l < LANES; l++)
+            y[l] = -1;
+        distillation_rows(&d, row, gradient ? gradient + at : NULL, z_s + at, z_t + at, y, count);
         total_loss += add_rows(a->reduction == MINIKD_NONE ? loss + i : NULL, row, count);
     }
     if (a->reduction != MINIKD_NONE)
         *loss = (real)total_loss;
     release(d.p, here);
+    settled();
     return MINIKD_DONE;
 }
 

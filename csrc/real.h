@@ -185,7 +185,18 @@ INLINE real exponential_minus_one(real x)
     return fused(power, exp_minus_one_small(beside_ln2(x, k)), power - 1);
 }
 
-/* log x, in double whatever real is. With x = 2^k·m, √½ ≤ m < √2:
+/* 1/x for x from 1 on, in double: of a float kernel's sums to 47 bits, at a quarter of the price of a division. */
+INLINE double reciprocal(double x)
+{
+#ifdef MINIKD_DOUBLE
+    return 1 / x;
+#else
+    const double r = 1 / (float)x;
+    return r * fused_double(-x, r, 2.0);
+#endif
+}
+
+/* log x, in double whatever real is, to its last digits or, for the sums of a float kernel, to ten. With x = 2^k·m, √½ ≤ m < √2:
  * log x = k·ln 2 + 2·artanh s, s = (m - 1)/(m + 1), artanh s = s + s³/3 + s⁵/5 + … */
 INLINE double logarithm(double x)
 {
@@ -203,7 +214,8 @@ INLINE double logarithm(double x)
     memcpy(&m, &b, sizeof m);
     memcpy(&k, &k_bits, sizeof k);
     k -= rounder + (x < DBL_MIN ? 1023 + 54 : 1023);
-    const double s = (m - 1) / (m + 1), s2 = s * s;
+    const double s = (m - 1) * reciprocal(m + 1), s2 = s * s;
+#ifdef MINIKD_DOUBLE
     double q = 1.0 / 21;
     q = fused_double(q, s2, 1.0 / 19);
     q = fused_double(q, s2, 1.0 / 17);
@@ -211,6 +223,9 @@ INLINE double logarithm(double x)
     q = fused_double(q, s2, 1.0 / 13);
     q = fused_double(q, s2, 1.0 / 11);
     q = fused_double(q, s2, 1.0 / 9);
+#else
+    double q = 1.0 / 9;
+#endif
     q = fused_double(q, s2, 1.0 / 7);
     q = fused_double(q, s2, 1.0 / 5);
     q = fused_double(q, s2, 1.0 / 3);

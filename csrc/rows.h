@@ -1,62 +1,25 @@
-/* What all kernels on rows of classes share: sums and maxima, the weights of a softmax, scratch memory. */
+/* What all kernels on rows of classes share.
+ *
+ * They compute in steps of LANES numbers side by side. In a wide row a step is LANES neighbouring classes; narrow rows
+ * are taken LANES at a time, as a tile, in which a step is the scores of one class. Both lie in memory alike, so the
+ * same functions serve both: what they are given of each row stands in arrays of LANES, which are all the same number
+ * in a wide row. Sums are kept by lane as well, so that their order, and with it each bit of a result, does not depend
+ * on how many numbers a vector of the processor holds. */
 #ifndef MINIKD_ROWS_H
 #define MINIKD_ROWS_H
 
 #include <stdlib.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "kernels.h"
 #include "real.h"
 
-#define BLOCK 512 /* elements that are taken through all steps of a pass while they are in the nearest cache */
-#define LANES 16  /* elements that are computed side by side: the width of the widest vector, in float */
-
-/* The sum of x, in double whatever real is. */
-static double sum(const real *x, int64_t count)
-{
-    double total = 0;
-    SIMD_SUM(total)
-    for (int64_t j = 0; j < count; j++)
-        total += x[j];
-    return total;
-}
-
-/* The same, rounded a little more and twice as fast: four at a time are added up in real, the rest in double. */
-static double quick_sum(const real *x, int64_t count)
-{
-    const int64_t quarter = count / 4;
-    const real *second = x + quarter, *third = second + quarter, *fourth = third + quarter;
-    double total = 0;
-    SIMD_SUM(total)
-    for (int64_t j = 0; j < quarter; j++)
-        total += (x[j] + second[j]) + (third[j] + fourth[j]);
-    for (int64_t j = 4 * quarter; j < count; j++)
-        total += x[j];
-    return total;
-}
-
-static void fill(real *x, int64_t count, real value)
-{
-    for (int64_t j = 0; j < count; j++)
-        x[j] = value;
-}
-
-/* The largest element; NaN is passed over. */
-static real maximum(const real *x, int64_t count)
-{
-    const int64_t whole = count - count % LANES;
-    real lane[LANES], top = -(real)INFINITY;
-    fill(lane, LANES, top);
-    for (int64_t j = 0; j < whole; j += LANES) {
-        SIMD
-        for (int l = 0; l < LANES; l++)
-            lane[l] = x[j + l] > lane[l] ? x[j + l] : lane[l];
-    }
-    for (int64_t j = whole; j < count; j++)
-        top = x[j] > top ? x[j] : top;
-    for (int l = 0; l < LANES; l++)
-        top = lane[l] > top ? lane[l] : top;
-    return top;
-}
+#define LANES 16   /* the width of the widest vector, in float */
+#define STEPS 8    /* steps that are added up in real, before their sums are added up in double */
+#define BLOCK 512  /* elements that are taken through all steps of a pass while they are in the nearest cache */
+#define NARROW 100 /* classes up to which rows are taken in tiles */
 
 static int64_t smaller(int64_t a, int64_t b)
 {
@@ -68,7 +31,13 @@ static int64_t block_size(int64_t rest)
     return smaller(rest, BLOCK);
 }
 
-/* --- memory for one row --- */
+static void fill(real *x, int64_t count, real value)
+{
+    for (int64_t j = 0; j < count; j++)
+        x[j] = value;
+}
+
+/* --- memory for wide rows --- */
 
 #define STACK_ROW 1024 /* elements of a row that are kept on the stack */
 
@@ -82,6 +51,104 @@ static void release(real *memory, const real *here)
 {
     if (memory != here)
         free(memory);
+}
+
+/* --- memory and caches --- */
+
+/* Have the cache line of an address fetched, which may lie outside of any array. */
+#ifdef __GNUC__
+#define FETCH(address) __builtin_prefetch((address), 0, 2)
+#else
+#define FETCH(address) (void)(address)
+#endif
+
+/* Results above this size go to memory past the caches: nobody finds them there later anyway, and a line that is
+ * written whole need not be read first. */
+#define LARGE (24 << 20)
+
+static int too_large_for_caches(int64_t count)
+{
+    return count * (int64_t)sizeof(real) > LARGE;
+}
+
+/* to = from, past the caches where the processor can do so; in sight of others after the next call of `settled`. */
+static void copy_past_caches(real *to, const real *from, int64_t count)
+{
+#ifdef __SSE2__
+    int64_t j = 0;
+    for (; j < count && (uintptr_t)(to + j) % 16 != 0; j++)
+        to[j] = from[j];
+    for (const int64_t per_store = 16 / (int64_t)sizeof(real); j + per_store <= count; j += per_store)
+        _mm_stream_si128((__m128i *)(to + j), _mm_loadu_si128((const __m128i *)(from + j)));
+    for (; j < count; j++)
+        to[j] = from[j];
+#else
+    memcpy(to, from, (size_t)count * sizeof(real));
+#endif
+}
+
+static void settled(void)
+{
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
+
+/* --- sums and maxima --- */
+
+/* The sum of the lanes, in one order whatever the processor. */
+INLINE double across(const double *lane)
+{
+    double half[LANES / 2];
+    for (int l = 0; l < LANES / 2; l++)
+        half[l] = lane[l] + lane[l + LANES / 2];
+    for (int width = LANES / 4; width > 0; width /= 2)
+        for (int l = 0; l < width; l++)
+            half[l] += half[l + width];
+    return half[0];
+}
+
+/* The sum of x, in double whatever real is. */
+static double sum(const real *x, int64_t count)
+{
+    const int64_t whole = count - count % LANES;
+    double lane[LANES] = {0}, rest = 0;
+    for (int64_t j = 0; j < whole; j += LANES) {
+        SIMD
+        for (int l = 0; l < LANES; l++)
+            lane[l] += x[j + l];
+    }
+    for (int64_t j = whole; j < count; j++)
+        rest += x[j];
+    return across(lane) + rest;
+}
+
+/* The largest score of each lane; NaN is passed over. */
+static void maxima(real *top, const real *z, int64_t steps)
+{
+    real largest[LANES];
+    fill(largest, LANES, -(real)INFINITY);
+    for (int64_t s = 0; s < steps; s++) {
+        const real *scores = z + s * LANES;
+        SIMD
+        for (int l = 0; l < LANES; l++)
+            largest[l] = scores[l] > largest[l] ? scores[l] : largest[l];
+    }
+    memcpy(top, largest, sizeof largest);
+}
+
+/* The largest element of a row; NaN is passed over. */
+static real maximum(const real *z, int64_t c)
+{
+    const int64_t steps = c / LANES;
+    real lane[LANES], top = -(real)INFINITY;
+    maxima(lane, z, steps);
+    for (int64_t j = steps * LANES; j < c; j++)
+        top = z[j] > top ? z[j] : top;
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int l = 0; l < width; l++)
+            lane[l] = lane[l + width] > lane[l] ? lane[l + width] : lane[l];
+    return lane[0] > top ? lane[0] : top;
 }
 
 /* --- softmax(z/T) of a row: weight_j / Σ weight, weight_j = exp((z_j - max z)/T) --- */
@@ -118,137 +185,205 @@ static softening softened(double inverse_t)
     return s;
 }
 
-/* What the weights of one row are computed with. Take d = z - base, t = top - base and whole numbers k and m:
+/* What the weights of each lane are computed with. Take d = z - base, t = top - base and whole numbers k and m:
  *     (z - top)·rate = k + f,   f = (d·rate - (k + m)) - (t·rate - m),   |f| ≤ 1/2,
  * where base is 0, or a far top. Nothing of z is lost in a subtraction, and both brackets are small and rounded once;
  * so a weight has the relative error of exp alone, however far z is from the top. The top's own weight is exactly 1. */
 typedef struct {
-    real base, lowest;               /* and the d below which the weight is 0 */
-    real shift;                      /* d·rate + shift is about k + f */
-    real rounder;                    /* ROUNDER + BIAS - m */
-    real remainder, remainder_rest;  /* t·rate - m in two parts */
+    real base[LANES], lowest[LANES]; /* and the d below which the weight is 0 */
+    real shift[LANES];               /* d·rate + shift is about k + f */
+    real rounder[LANES];             /* ROUNDER + BIAS - m */
+    real remainder[LANES];           /* t·rate - m in two parts */
+    real remainder_rest[LANES];
 } row_softening;
 
-INLINE row_softening softened_row(const softening *s, real top)
-{
-    row_softening row;
-    row.base = REAL(fabs)(top) < s->far_top ? 0 : top;
-    const real t = top - row.base, lowest = t + s->reach;
-    const real m = (t * s->rate + ROUNDER) - ROUNDER;
-    row.lowest = lowest < -REAL_MAX ? -REAL_MAX : lowest;
-    row.shift = -(t * s->rate);
-    row.rounder = (ROUNDER + BIAS) - m;
-    row.remainder = exact_product(t, s->rate, -m);
-    row.remainder_rest = t * s->rate_rest;
-    return row;
-}
-
-/* exp((z - top)/T) */
-INLINE real weight(const softening *s, const row_softening *row, real z)
-{
-    const real from_base = z - row->base, d = from_base < row->lowest ? row->lowest : from_base;
-    const real shifted = fused(d, s->rate, row->shift) + (ROUNDER + BIAS), k_and_m = shifted - row->rounder;
-    const real rest = fused(d, s->rate_rest, -row->remainder_rest);
-    const real f = (exact_product(d, s->rate, -k_and_m) - row->remainder) + rest;
-    const real power = from_bits(to_bits(shifted) << MANTISSA);
-    return from_base < row->lowest ? 0 : fused(power * f, power_tail(f), power);
-}
-
-/* e = exp((z - top)/T), at most BLOCK of a row; returns Σ e. e may be z. */
-static double block_weights(real *e, const real *z, int64_t count, const softening *s, const row_softening *row)
+static void soften_rows(row_softening *row, const softening *s, const real *top)
 {
     const softening fixed = *s;
-    const row_softening fixed_row = *row;
     SIMD
-    for (int64_t j = 0; j < count; j++)
-        e[j] = weight(&fixed, &fixed_row, z[j]);
-    return sum(e, count);
+    for (int l = 0; l < LANES; l++) {
+        const real base = REAL(fabs)(top[l]) < fixed.far_top ? 0 : top[l];
+        const real t = top[l] - base, lowest = t + fixed.reach;
+        const real m = (t * fixed.rate + ROUNDER) - ROUNDER;
+        row->base[l] = base;
+        row->lowest[l] = lowest < -REAL_MAX ? -REAL_MAX : lowest;
+        row->shift[l] = -(t * fixed.rate);
+        row->rounder[l] = (ROUNDER + BIAS) - m;
+        row->remainder[l] = exact_product(t, fixed.rate, -m);
+        row->remainder_rest[l] = t * fixed.rate_rest;
+    }
 }
 
-/* e = exp((z - top)/T); returns Σ e, which is NaN if the row has a NaN or no finite maximum. e may be z, or NULL. */
-static double weights(real *e, const real *z, int64_t c, const softening *s, real top)
+/* exp((z - top)/T) of one lane. What comes out below `lowest` is no number that is used. */
+INLINE real weight(const softening *s, const row_softening *row, int l, real z)
 {
-    const row_softening row = softened_row(s, top);
+    const real d = z - row->base[l];
+    const real shifted = fused(d, s->rate, row->shift[l]) + (ROUNDER + BIAS), k_and_m = shifted - row->rounder[l];
+    const real f = (exact_product(d, s->rate, -k_and_m) - row->remainder[l])
+                   + fused(d, s->rate_rest, -row->remainder_rest[l]);
+    const real power = from_bits(to_bits(shifted) << MANTISSA);
+    const real e = fused(power * f, power_tail(f), power);
+    return d < row->lowest[l] ? 0 : e;
+}
+
+/* e = exp((z - top)/T), and total += Σ e of each lane: NaN if it has a NaN or no finite maximum. e may be z.
+ * Meanwhile what stands `ahead` of z, the next row, is fetched. */
+static void add_weights(double *total, real *e, const real *z, int64_t steps, const softening *s,
+                        const row_softening *row, int64_t ahead)
+{
+    const softening fixed = *s;
+    for (int64_t first = 0; first < steps; first += STEPS) {
+        const int64_t end = smaller(first + STEPS, steps);
+        real part[LANES] = {0};
+        for (int64_t j = first * LANES; j < end * LANES; j += LANES) {
+            FETCH(z + j + ahead);
+            SIMD
+            for (int l = 0; l < LANES; l++) {
+                const real el = weight(&fixed, row, l, z[j + l]);
+                e[j + l] = el;
+                part[l] += el;
+            }
+        }
+        SIMD
+        for (int l = 0; l < LANES; l++)
+            total[l] += part[l];
+    }
+}
+
+/* --- wide rows --- */
+
+/* The last, unfinished step of a row, filled up with classes of probability 0. */
+static void load_rest(real *step, const real *row, int64_t c)
+{
+    const int64_t whole = c - c % LANES;
+    fill(step, LANES, -(real)INFINITY);
+    memcpy(step, row + whole, (size_t)(c - whole) * sizeof(real));
+}
+
+static void store_rest(real *row, const real *step, int64_t c)
+{
+    const int64_t whole = c - c % LANES;
+    memcpy(row + whole, step, (size_t)(c - whole) * sizeof(real));
+}
+
+/* e = exp((z - top)/T) of a row; returns Σ e. e may be z. */
+static double weights(real *e, const real *z, int64_t c, const softening *s, real top, int64_t ahead)
+{
+    row_softening row;
+    real tops[LANES], rest[LANES];
+    double total[LANES] = {0};
+    fill(tops, LANES, top);
+    soften_rows(&row, s, tops);
+    add_weights(total, e, z, c / LANES, s, &row, ahead);
+    if (c % LANES) {
+        load_rest(rest, z, c);
+        add_weights(total, rest, rest, 1, s, &row, 0);
+        store_rest(e, rest, c);
+    }
+    return across(total);
+}
+
+/* Σ exp((z - top)/T) of a row. */
+static double total_weight(const real *z, int64_t c, const softening *s, real top)
+{
     real unused[BLOCK];
     double total = 0;
     for (int64_t j = 0; j < c; j += BLOCK)
-        total += block_weights(e ? e + j : unused, z + j, block_size(c - j), s, &row);
+        total += weights(unused, z + j, block_size(c - j), s, top, c);
     return total;
 }
 
-/* --- the same for narrow rows, LANES at a time: a tile holds class j of row l at j·LANES + l --- */
+/* --- narrow rows: a tile holds class j of row l at j·LANES + l --- */
 
-#define NARROW 100 /* classes up to which rows are taken in tiles */
+/* 4 numbers (2 of double) side by side, where the compiler has a type for them: four such are transposed at a time. */
+#if defined(__GNUC__) && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SIDE (16 / (int)sizeof(real))
+typedef real side_by_side __attribute__((vector_size(16)));
+
+INLINE side_by_side load_side(const real *x)
+{
+    side_by_side v;
+    memcpy(&v, x, sizeof v);
+    return v;
+}
+
+INLINE void store_side(real *x, side_by_side v)
+{
+    memcpy(x, &v, sizeof v);
+}
+
+/* to[j·to_stride + l] = from[l·from_stride + j] for SIDE rows and columns */
+INLINE void transpose_block(real *to, int64_t to_stride, const real *from, int64_t from_stride)
+{
+#ifdef MINIKD_DOUBLE
+    const side_by_side a = load_side(from), b = load_side(from + from_stride);
+    store_side(to, __builtin_shufflevector(a, b, 0, 2));
+    store_side(to + to_stride, __builtin_shufflevector(a, b, 1, 3));
+#else
+    const side_by_side a = load_side(from), b = load_side(from + from_stride);
+    const side_by_side c = load_side(from + 2 * from_stride), d = load_side(from + 3 * from_stride);
+    const side_by_side ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    const side_by_side ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const side_by_side cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    const side_by_side cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    store_side(to, __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5));
+    store_side(to + to_stride, __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7));
+    store_side(to + 2 * to_stride, __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5));
+    store_side(to + 3 * to_stride, __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7));
+#endif
+}
+#endif
+#endif
+#ifndef SIDE
+#define SIDE 1
+INLINE void transpose_block(real *to, int64_t to_stride, const real *from, int64_t from_stride)
+{
+    (void)to_stride, (void)from_stride;
+    *to = *from;
+}
+#endif
+
+/* to[j·to_stride + l] = from[l·from_stride + j] for `rows` l and `columns` j. The last block lies over the one before
+ * it, so that nothing is left for a slower loop. */
+static void transpose(real *to, int64_t to_stride, const real *from, int64_t from_stride, int64_t rows, int64_t columns)
+{
+    if (rows < SIDE || columns < SIDE) {
+        for (int64_t l = 0; l < rows; l++)
+            for (int64_t j = 0; j < columns; j++)
+                to[j * to_stride + l] = from[l * from_stride + j];
+        return;
+    }
+    for (int64_t l = 0; l < rows; l += SIDE) {
+        const int64_t row = smaller(l, rows - SIDE);
+        for (int64_t j = 0; j < columns; j += SIDE) {
+            const int64_t column = smaller(j, columns - SIDE);
+            transpose_block(to + column * to_stride + row, to_stride, from + row * from_stride + column, from_stride);
+        }
+    }
+}
 
 /* Copy `count` ≤ LANES rows into a tile; lanes without a row repeat the first. */
 static void load_tile(real *tile, const real *rows, int64_t c, int64_t count)
 {
-    real padded[NARROW * LANES];
-    if (count < LANES) {
-        for (int64_t l = 0; l < LANES; l++)
-            memcpy(padded + l * c, rows + (l < count ? l : 0) * c, (size_t)c * sizeof(real));
-        rows = padded;
-    }
-    for (int64_t j = 0; j < c; j++) {
-        SIMD
-        for (int64_t l = 0; l < LANES; l++)
-            tile[j * LANES + l] = rows[l * c + j];
-    }
+    transpose(tile, LANES, rows, c, count, c);
+    for (int64_t j = 0; count < LANES && j < c; j++)
+        fill(tile + j * LANES + count, LANES - count, tile[j * LANES]);
 }
 
 static void store_tile(real *rows, const real *tile, int64_t c, int64_t count)
 {
-    for (int64_t j = 0; j < c; j++)
-        for (int64_t l = 0; l < count; l++)
-            rows[l * c + j] = tile[j * LANES + l];
+    transpose(rows, c, tile, LANES, c, count);
 }
 
-static void tile_maximum(real *top, const real *tile, int64_t c)
+/* e = exp((z - top)/T) of a tile and total = Σ e of each row. e may be z. */
+static void tile_weights(real *e, double *total, const real *tile, const real *top, int64_t c, const softening *s)
 {
-    fill(top, LANES, -(real)INFINITY);
-    for (int64_t j = 0; j < c; j++) {
-        const real *z = tile + j * LANES;
-        SIMD
-        for (int l = 0; l < LANES; l++)
-            top[l] = z[l] > top[l] ? z[l] : top[l];
-    }
-}
-
-/* total = Σ e of each row, in double. */
-static void tile_sums(double *total, const real *e, int64_t c)
-{
-    double sums[LANES] = {0};
-    for (int64_t j = 0; j < c * LANES; j += LANES) {
-        SIMD
-        for (int l = 0; l < LANES; l++)
-            sums[l] += e[j + l];
-    }
-    memcpy(total, sums, sizeof sums);
-}
-
-/* e = exp((z - top)/T) and total = Σ e of each row. e may be z. */
-static void tile_weights(real *e, double *total, real *tile, const real *top, int64_t c, const softening *s)
-{
-    const softening fixed = *s;
-    real base[LANES], lowest[LANES], shift[LANES], rounder[LANES], remainder[LANES], remainder_rest[LANES];
-    SIMD
-    for (int l = 0; l < LANES; l++) {
-        const row_softening row = softened_row(&fixed, top[l]);
-        base[l] = row.base;
-        lowest[l] = row.lowest;
-        shift[l] = row.shift;
-        rounder[l] = row.rounder;
-        remainder[l] = row.remainder;
-        remainder_rest[l] = row.remainder_rest;
-    }
-    for (int64_t j = 0; j < c; j++) {
-        SIMD
-        for (int l = 0; l < LANES; l++) {
-            const row_softening row = {base[l], lowest[l], shift[l], rounder[l], remainder[l], remainder_rest[l]};
-            e[j * LANES + l] = weight(&fixed, &row, tile[j * LANES + l]);
-        }
-    }
-    tile_sums(total, e, c);
+    row_softening row;
+    soften_rows(&row, s, top);
+    for (int l = 0; l < LANES; l++)
+        total[l] = 0;
+    add_weights(total, e, tile, c, s, &row, 0);
 }
 
 #endif

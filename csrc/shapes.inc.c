@@ -59,3 +59,23 @@ static int64_t take_vjp(const minikd_call *call)
     }
     return MINIKD_DONE;
 }
+
+/* y[k] = scale·x[rows[k]] + shift */
+static int64_t take_scaled(const minikd_call *call)
+{
+    real *y = call->buffer[0];
+    const uint8_t *x = call->buffer[1];
+    const int64_t *rows = call->buffer[2];
+    const real *scale = call->buffer[3], *shift = call->buffer[4];
+    const int64_t n = call->size[0], m = call->size[1], count = call->size[2];
+    const int64_t wrong = wrong_row(rows, count, n);
+    if (wrong)
+        return wrong;
+    for (int64_t k = 0; k < count; k++, y += m) {
+        const uint8_t *row = x + rows[k] * m;
+        SIMD
+        for (int64_t j = 0; j < m; j++)
+            y[j] = row[j] * scale[j] + shift[j];
+    }
+    return MINIKD_DONE;
+}

@@ -7,7 +7,7 @@ static void softmax_tile(real *y, const real *x, int64_t c, int64_t count, const
     real tile[NARROW * LANES], top[LANES], scale[LANES];
     double total[LANES];
     load_tile(tile, x, c, count);
-    tile_maximum(top, tile, c);
+    maxima(top, tile, c);
     tile_weights(tile, total, tile, top, c, s);
     for (int l = 0; l < LANES; l++)
         scale[l] = (real)(1 / total[l]);
@@ -17,6 +17,33 @@ static void softmax_tile(real *y, const real *x, int64_t c, int64_t count, const
             tile[j * LANES + l] *= scale[l];
     }
     store_tile(y, tile, c, count);
+}
+
+/* y = e·scale, past the caches. */
+static void scale_past_caches(real *y, const real *e, int64_t c, real scale)
+{
+    real block[BLOCK];
+    for (int64_t first = 0; first < c; first += BLOCK) {
+        const int64_t count = block_size(c - first);
+        SIMD
+        for (int64_t j = 0; j < count; j++)
+            block[j] = e[first + j] * scale;
+        copy_past_caches(y + first, block, count);
+    }
+}
+
+/* `memory` is a row of its own for results that go past the caches, else NULL. */
+static void softmax_row(real *y, const real *x, int64_t c, const softening *s, real *memory)
+{
+    real *e = memory ? memory : y;
+    const real scale = (real)(1 / weights(e, x, c, s, maximum(x, c), c));
+    if (memory) {
+        scale_past_caches(y, e, c, scale);
+        return;
+    }
+    SIMD
+    for (int64_t j = 0; j < c; j++)
+        y[j] *= scale;
 }
 
 /* y = exp((x - max x)/T) / Σ exp((x - max x)/T) */
@@ -29,15 +56,14 @@ static int64_t softmax(const minikd_call *call)
     if (!usable_temperature(temperature))
         return MINIKD_BAD_TEMPERATURE;
     const softening s = softened(inverse_temperature(temperature));
+    real *memory = too_large_for_caches(n * c) ? malloc((size_t)c * sizeof(real)) : NULL;
 
     for (int64_t i = 0; c <= NARROW && i < n; i += LANES)
         softmax_tile(y + i * c, x + i * c, c, smaller(n - i, LANES), &s);
-    for (int64_t i = 0; c > NARROW && i < n; i++, x += c, y += c) {
-        const real scale = (real)(1 / weights(y, x, c, &s, maximum(x, c)));
-        SIMD
-        for (int64_t j = 0; j < c; j++)
-            y[j] *= scale;
-    }
+    for (int64_t i = 0; c > NARROW && i < n; i++)
+        softmax_row(y + i * c, x + i * c, c, &s, memory);
+    free(memory);
+    settled();
     return MINIKD_DONE;
 }
 
@@ -87,7 +113,7 @@ static void log_softmax_tile(real *y, const real *x, int64_t c, int64_t count, c
     real tile[NARROW * LANES], e[NARROW * LANES], top[LANES], log_total[LANES];
     double total[LANES];
     load_tile(tile, x, c, count);
-    tile_maximum(top, tile, c);
+    maxima(top, tile, c);
     tile_weights(e, total, tile, top, c, s);
     SIMD
     for (int l = 0; l < LANES; l++)
@@ -98,6 +124,21 @@ static void log_softmax_tile(real *y, const real *x, int64_t c, int64_t count, c
             tile[j * LANES + l] = fused(tile[j * LANES + l] - top[l], inverse_t, -log_total[l]);
     }
     store_tile(y, tile, c, count);
+}
+
+static void log_softmax_row(real *y, const real *x, int64_t c, const softening *s, real inverse_t, int past_caches)
+{
+    const real top = maximum(x, c), log_total = (real)logarithm(total_weight(x, c, s, top));
+    real block[BLOCK];
+    for (int64_t first = 0; first < c; first += BLOCK) {
+        const int64_t count = block_size(c - first);
+        real *to = past_caches ? block : y + first;
+        SIMD
+        for (int64_t j = 0; j < count; j++)
+            to[j] = fused(x[first + j] - top, inverse_t, -log_total);
+        if (past_caches)
+            copy_past_caches(y + first, block, count);
+    }
 }
 
 /* y = (x - max x)/T - log Σ exp((x - max x)/T) */
@@ -114,13 +155,9 @@ static int64_t log_softmax(const minikd_call *call)
 
     for (int64_t i = 0; c <= NARROW && i < n; i += LANES)
         log_softmax_tile(y + i * c, x + i * c, c, smaller(n - i, LANES), &s, inverse);
-    for (int64_t i = 0; c > NARROW && i < n; i++, x += c, y += c) {
-        const real top = maximum(x, c);
-        const real log_total = (real)logarithm(weights(NULL, x, c, &s, top));
-        SIMD
-        for (int64_t j = 0; j < c; j++)
-            y[j] = fused(x[j] - top, inverse, -log_total);
-    }
+    for (int64_t i = 0; c > NARROW && i < n; i++)
+        log_softmax_row(y + i * c, x + i * c, c, &s, inverse, too_large_for_caches(n * c));
+    settled();
     return MINIKD_DONE;
 }
 

@@ -24,7 +24,9 @@ from minikd.tape import no_grad
 from minikd.tensor import Tensor, apply
 
 __all__ = [
+    "argmax",
     "concatenate",
+    "correct_count",
     "cross_entropy",
     "distillation_loss",
     "dropout",
@@ -37,6 +39,7 @@ __all__ = [
     "sigmoid",
     "softmax",
     "take",
+    "take_scaled",
     "tanh",
 ]
 
@@ -322,6 +325,7 @@ def distillation_loss(
     soft_weight: float = 0.5,
     reduction: str = "mean",
     scale_t2: bool = True,
+    log_target: bool = False,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     return_grad: bool = False,
@@ -344,6 +348,8 @@ def distillation_loss(
     reduction : "mean" is the mean of the hard term over labelled rows plus the mean of the soft term over all rows;
         "sum"; "none" returns (n,).
     scale_t2 : multiply the soft term by T², which keeps the size of its gradient independent of T.
+    log_target : `teacher_logits` holds the teacher's log-probabilities at this temperature, log softmax(z_t/T), as
+        they may have been computed and stored beforehand; they are not divided by T again.
     ignore_index : rows with this class id have no hard term and still feel the soft one.
     label_smoothing : e in [0, 1], of the hard term.
     return_grad, grad_out : as in `cross_entropy`, with respect to student_logits.
@@ -370,7 +376,12 @@ def distillation_loss(
     labels, soft = (None, False) if target is None else _row_targets(where, target, *student.shape)
     _warn_of_probabilities(where, student_logits=student, teacher_logits=teacher)
     teacher_logits = teacher if isinstance(teacher_logits, Tensor) else teacher_logits
-    attrs = {"reduction": reduction, "scale_t2": bool(scale_t2), "ignore_index": int(ignore_index)}
+    attrs = {
+        "reduction": reduction,
+        "scale_t2": bool(scale_t2),
+        "log_target": bool(log_target),
+        "ignore_index": int(ignore_index),
+    }
     if soft and scalars[1]:
         pair = (student_logits, teacher_logits)
         return _with_soft_target(*pair, labels, scalars, smoothing, attrs, return_grad, grad_out)
@@ -404,6 +415,32 @@ def _with_soft_target(
         return hard * hard_weight + soft
     soft[1][...] += hard_weight * hard[1]
     return hard_weight * hard[0] + soft[0], soft[1]
+
+
+# --- predictions ---
+
+
+def argmax(logits: Any) -> Any:
+    """The class of each row of logits (n, c): the first of the largest scores, as an int64 array (n,).
+
+    NaN counts as the largest. A Tensor is read as an array: no gradient flows through a choice.
+
+    Raises
+    ------
+    ShapeError : not (n, c), or n or c is 0.
+    """
+    return execute(OPS["argmax"], [_rows_of_logits("argmax", "logits", logits)], {})[0][0]
+
+
+def correct_count(logits: Any, target: Any, *, ignore_index: int = -100) -> int:
+    """How many rows of logits (n, c) have their `argmax` at the class id in target (n,); ignored rows are not counted.
+
+    Raises
+    ------
+    ArgumentError : a class id outside 0 … c - 1.  ShapeError : shapes do not fit, or n or c is 0.
+    """
+    z = _rows_of_logits("correct_count", "logits", logits)
+    return int(execute(OPS["correct_count"], [z, target], {"ignore_index": int(ignore_index)})[0][0])
 
 
 # --- layers' functions ---
@@ -483,6 +520,29 @@ def take(x: Any, rows: Any) -> Any:
     ArgumentError : a number outside 0 … n - 1.
     """
     return _like_inputs(tensor.take, (x,), x, rows)
+
+
+def take_scaled(x: Any, rows: Any, scale: Any, shift: Any) -> Any:
+    """Rows of bytes as numbers: scale·x[rows] + shift, so that a data set may stay in uint8 until a batch is needed.
+
+    Parameters
+    ----------
+    x : (n, m) uint8, pixels for example.
+    rows : (k,) row numbers, in that order; a row may come more than once.
+    scale, shift : (m,) or a number for all columns. Pixels from 0 to 1 have scale 1/255 and shift 0; standardised
+        ones 1/(255·deviation) and -mean/deviation.
+
+    Returns
+    -------
+    (k, m) in the dtype of `scale`; float32 where it is a number.
+
+    Raises
+    ------
+    ArgumentError : a row number outside 0 … n - 1.  DTypeError : x is not uint8.  ShapeError : shapes do not fit.
+    """
+    columns = np.shape(x)[1:]
+    scale, shift = (np.full(columns, v, np.float32) if np.ndim(v) == 0 else v for v in (scale, shift))
+    return execute(OPS["take_scaled"], [x, rows, scale, shift], {})[0][0]
 
 
 def concatenate(tensors: Sequence[Any], axis: int = 0) -> Any:

@@ -608,7 +608,51 @@ def test_arrays_give_arrays_and_tensors_give_tensors(dtype: Any, name: str) -> N
 
 
 def test_every_public_function_is_among_those_tried_on_arrays_and_tensors() -> None:
-    assert {name.split(" ")[0].rstrip(",") for name in FUNCTIONS} == set(F.__all__)
+    chosen = {"argmax", "correct_count", "take_scaled"}  # what they return is no function that has a gradient
+    assert {name.split(" ")[0].rstrip(",") for name in FUNCTIONS} | chosen == set(F.__all__)
+
+
+@each_float
+def test_argmax_and_correct_count_read_arrays_and_tensors_alike(dtype: Any, backend: str) -> None:
+    x = STUDENT.astype(dtype)
+    np.testing.assert_array_equal(F.argmax(x), x.argmax(axis=1))
+    np.testing.assert_array_equal(F.argmax(kd.Tensor(x)), x.argmax(axis=1))
+    assert F.argmax(x).dtype == np.int64
+    right = int((x.argmax(axis=1) == LABELS).sum())
+    assert F.correct_count(x, LABELS) == F.correct_count(kd.Tensor(x), LABELS) == right
+    assert F.correct_count(x, np.full(len(x), -1), ignore_index=-1) == 0
+
+
+def test_correct_count_refuses_a_label_that_is_no_class(backend: str) -> None:
+    with pytest.raises(ArgumentError, match=r"target\[1\].*got 7"):
+        F.correct_count(STUDENT, np.array([0, 7]))
+
+
+@each_float
+def test_rows_of_bytes_are_taken_scaled_and_shifted(dtype: Any, backend: str) -> None:
+    x = np.arange(12, dtype=np.uint8).reshape(4, 3) * 20
+    scale, shift = np.array([1 / 255, 1, 2], dtype), np.array([0, -1, 0.5], dtype)
+    taken = F.take_scaled(x, [3, 0, 3], scale, shift)
+    assert taken.dtype == dtype
+    np.testing.assert_allclose(taken, x[[3, 0, 3]] * scale + shift, rtol=1e-6)
+    np.testing.assert_allclose(F.take_scaled(x, [1], 0.5, 1), x[[1]] * 0.5 + 1.0)
+
+
+def test_take_scaled_refuses_what_are_no_bytes_and_rows_that_are_not_there(backend: str) -> None:
+    with pytest.raises(DTypeError, match="uint8"):
+        F.take_scaled(np.ones((2, 3)), [0], 1.0, 0.0)
+    with pytest.raises(ArgumentError, match="rows"):
+        F.take_scaled(np.ones((2, 3), np.uint8), [2], 1.0, 0.0)
+
+
+@each_float
+def test_log_probabilities_of_a_teacher_at_this_temperature_are_not_softened_again(dtype: Any, backend: str) -> None:
+    student, teacher = STUDENT.astype(dtype), TEACHER.astype(dtype)
+    known = F.log_softmax(teacher, temperature=3.0)
+    given = F.distillation_loss(student, known, LABELS, temperature=3.0, log_target=True, return_grad=True)
+    wanted = F.distillation_loss(student, teacher, LABELS, temperature=3.0, return_grad=True)
+    for a, b in zip(given, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 # --- softmax along any axis ---

@@ -277,9 +277,18 @@ def as_index(where: str, argument: str, value: Any) -> Any:
     return array.astype(np.int64, copy=False)
 
 
+def as_bytes(where: str, argument: str, value: Any) -> Any:
+    """`value` as a uint8 array; no other dtype is accepted, because a conversion would change numbers silently."""
+    array = np.asarray(value)
+    if array.dtype != np.uint8:
+        raise DTypeError(where, argument, expected="an array of uint8", got=str(array.dtype))
+    return array
+
+
 # How a value becomes an array of each kind but real.
 _CONVERT: dict[str, Callable[[str, str, Any], Any]] = {
     "index": as_index,
+    "byte": as_bytes,
     "counter": as_index,
     "scalar": lambda where, argument, value: np.asarray(value, np.float64),
 }
@@ -334,7 +343,7 @@ def execute(
     arrays, real = prepare(op, inputs, real)
     full = {**op.attrs, **attrs}
     out_shapes, saved_shapes = _infer(op, [None if x is None else x.shape for x in arrays], full)
-    outs = [np.empty(shape, real) for shape in out_shapes]
+    outs = [np.empty(shape, KINDS[a.kind] or real) for a, shape in zip(op.outs, out_shapes, strict=True)]
     saved = [
         None if a.optional and not save else gradient if gradient is not None else np.empty(shape, real)
         for a, shape in zip(op.saved, saved_shapes, strict=True)

@@ -497,9 +497,9 @@ by_type(second_order, _second_order_single, _second_order_double)
 
 
 @exact
-def log_ratio(z_s: Any, top_s: Any, z_t: Any, top_t: Any, inverse_t: float, shift: float) -> float:
-    """log p - log q = ((z_s - max z_s) - (z_t - max z_t))/T - log Σ e_s / Σ e_t, in float64 and in this order."""
-    return ((np.float64(z_s) - np.float64(top_s)) - (np.float64(z_t) - np.float64(top_t))) * inverse_t - shift
+def log_ratio(z_s: Any, top_s: Any, z_t: Any, top_t: Any, inverse_s: float, inverse_t: float, shift: float) -> float:
+    """log p - log q = (z_s - max z_s)/T - (z_t - max z_t)/T - log Σ e_s / Σ e_t, in float64 and in this order."""
+    return (np.float64(z_s) - np.float64(top_s)) * inverse_s - (np.float64(z_t) - np.float64(top_t)) * inverse_t - shift
 
 
 @part
@@ -514,7 +514,7 @@ def teaches_excluded(z_s: Any, z_t: Any, top_t: Any, i: int, inverse_t: float) -
 @part
 def relative_entropy(
     p: Any, q: Any, total_p: float, total_q: float,
-    z_s: Any, z_t: Any, top_s: Any, top_t: Any, i: int, inverse_t: float,
+    z_s: Any, z_t: Any, top_s: Any, top_t: Any, i: int, inverse_s: float, inverse_t: float,
 ) -> float:  # fmt: skip
     """Σ q·(e^δ - 1 - δ) with δ = log p - log q, which is KL(q ‖ p).
 
@@ -526,7 +526,7 @@ def relative_entropy(
     kl, excluded = 0.0, real(0)
     for j in range(p.size):
         pj, qj = p[j] * scale_p, q[j] * scale_q
-        delta = real(log_ratio(z_s[i, j], top_s, z_t[i, j], top_t, inverse_t, shift))
+        delta = real(log_ratio(z_s[i, j], top_s, z_t[i, j], top_t, inverse_s, inverse_t, shift))
         small = abs(delta) < half
         d = delta if small else zero
         curve = d * d * second_order(d)
@@ -542,7 +542,7 @@ def relative_entropy(
 def distillation_loss(
     loss: Any, gradient: Any, student_logits: Any, teacher_logits: Any, target: Any,
     temperature: Any, hard_weight: Any, soft_weight: Any,
-    reduction: int, scale_t2: bool, ignore_index: int, label_smoothing: float,
+    reduction: int, scale_t2: bool, log_target: bool, ignore_index: int, label_smoothing: float,
 ) -> int:  # fmt: skip
     """loss = hard·CE(y, z_s) + soft·T²·KL(q ‖ p);  dz_s = hard·(softmax(z_s) - ỹ) + soft·T·(p - q)"""
     n, c = student_logits.shape
@@ -555,6 +555,7 @@ def distillation_loss(
         return status
     t = min(t, LARGEST_TEMPERATURE)
     inverse_t, inverse_t_real = inverse_temperature(t, temperature), inverse_temperature(t, student_logits)
+    inverse_q, inverse_q_real = (1.0, real(1)) if log_target else (inverse_t, inverse_t_real)
     peak, base = 1.0 - label_smoothing, label_smoothing / c
     labelled = 0
     for i in range(target.size):
@@ -573,8 +574,10 @@ def distillation_loss(
         # soft: T²·KL(q ‖ p), gradient T·(p - q)
         if soft != 0:
             total_p = weights(p, student_logits, i, top_s, inverse_t_real)
-            total_q = weights(q, teacher_logits, i, top_t, inverse_t_real)
-            kl = relative_entropy(p, q, total_p, total_q, student_logits, teacher_logits, top_s, top_t, i, inverse_t)
+            total_q = weights(q, teacher_logits, i, top_t, inverse_q_real)
+            kl = relative_entropy(
+                p, q, total_p, total_q, student_logits, teacher_logits, top_s, top_t, i, inverse_t, inverse_q
+            )
             kl = 0.0 if kl < 0 else kl
             row += soft * (t * t if scale_t2 else 1.0) * kl
         soft_factor = real(soft * (t if scale_t2 else inverse_t))

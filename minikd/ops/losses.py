@@ -279,6 +279,7 @@ def _distillation_loss(
     soft_weight: Any,
     reduction: str,
     scale_t2: bool,
+    log_target: bool,
     ignore_index: int,
     label_smoothing: float,
 ) -> None:
@@ -289,7 +290,7 @@ def _distillation_loss(
 
     # soft: T²·KL(q ‖ p), gradient T·(p - q)
     p, log_p = softened(xp, student_logits, inverse_t)
-    q, log_q = softened(xp, teacher_logits, inverse_t)
+    q, log_q = softened(xp, teacher_logits, 1.0 if log_target else inverse_t)
     kl, difference = relative_entropy(xp, p, q, log_p - log_q)
     soft = weighted(xp, soft_weight, (t * t if scale_t2 else 1.0) * kl)
     soft_gradient = weighted(xp, soft_weight * (t if scale_t2 else inverse_t), difference)
@@ -327,6 +328,8 @@ def _distillation_example(rng: np.random.Generator, dtype: Any) -> list[Example]
         cases.append(([student, student, labels, *scalars(t, 0.0, 1.0)], {}))
         near = (student + dtype(1e-3) * rng.normal(size=(n, c)).astype(dtype)).astype(dtype)
         cases.append(([near, student, labels, *scalars(t, 0.1, 0.9)], {}))
+        log_q = np.log(rng.dirichlet(np.full(c, 0.5), n) + 1e-30).astype(dtype)
+        cases.append(([student, log_q, labels, *scalars(t, 0.3, 0.7)], {"log_target": True}))
     masked = np.array([[0, -np.inf, 1], [-np.inf, 1, 2]], dtype), np.array([[1, -np.inf, 0], [-np.inf, 3, 1]], dtype)
     cases.append(([*masked, np.array([0, 1]), *scalars(2.0, 0.5, 0.5)], {}))
     cases.append(([np.zeros((2, 3), dtype), masked[1], np.array([-100, -100]), *scalars(2.0, 0.5, 0.5)], {}))
@@ -340,13 +343,19 @@ register(
         name="distillation_loss",
         formula=(
             "loss = hard·CE(y, z_s) + soft·T²·KL(q ‖ p);  dz_s = hard·(softmax(z_s) - ỹ) + soft·T·(p - q);  "
-            "p = softmax(z_s/T), q = softmax(z_t/T)"
+            "p = softmax(z_s/T), q = softmax(z_t/T), or softmax(z_t) with log_target"
         ),
         signature=(
             "student_logits(n, c), teacher_logits(n, c), target?:index(n), "
             "temperature:scalar, hard_weight:scalar, soft_weight:scalar -> loss(*); gradient?(n, c)"
         ),
-        attrs={"reduction": "mean", "scale_t2": True, "ignore_index": -100, "label_smoothing": 0.0},
+        attrs={
+            "reduction": "mean",
+            "scale_t2": True,
+            "log_target": False,
+            "ignore_index": -100,
+            "label_smoothing": 0.0,
+        },
         shape=_loss_shape,
         forward=_distillation_loss,
         vjp=_scale_gradient,

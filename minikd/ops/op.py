@@ -12,8 +12,8 @@ Signatures are written as text and read once::
 Inputs stand before the arrow, outputs behind it, values saved for backward behind the semicolon.
 ``?`` marks a buffer that may be None, ``!`` one that is read and written (optimizer state), ``*`` in front of a name
 any number of inputs. The kind behind the colon is `real` where none is given: the operation's float32 or float64;
-`index` is int64, `scalar` a 0-d float64 and `counter` a 0-d int64. Dimensions with the same letter are equal;
-``(...)`` is any shape, the same wherever it stands; ``(*)`` is worked out by the operation's `shape` function.
+`index` is int64, `byte` uint8, `scalar` a 0-d float64 and `counter` a 0-d int64. Dimensions with the same letter are
+equal; ``(...)`` is any shape, the same wherever it stands; ``(*)`` is worked out by the operation's `shape` function.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ Example = tuple[list[Any], dict[str, Any]]
 KINDS: dict[str, np.dtype[Any] | None] = {
     "real": None,
     "index": np.dtype(np.int64),
+    "byte": np.dtype(np.uint8),
     "scalar": np.dtype(np.float64),
     "counter": np.dtype(np.int64),
 }

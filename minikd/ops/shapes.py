@@ -130,6 +130,33 @@ register(
     )
 )
 
+# --- take rows of bytes ---
+
+
+def _take_scaled(xp: Any, y: Any, x: Any, rows: Any, scale: Any, shift: Any) -> None:
+    check_rows(xp, rows, x.shape[0])
+    y[...] = xp.take(x, rows, axis=0, mode="clip") * scale + shift
+
+
+def _take_scaled_example(rng: np.random.Generator, dtype: Any) -> list[Example]:
+    cases: list[Example] = []
+    for m in (1, 7, 100):
+        x = rng.integers(0, 256, (5, m)).astype(np.uint8)
+        scale, shift = (rng.normal(size=m).astype(dtype) for _ in range(2))
+        cases += [([x, np.array(rows, np.int64), scale, shift], {}) for rows in ([4, 0, 0, 2], [3], [])]
+    return cases
+
+
+register(
+    Op(
+        name="take_scaled",
+        formula="y[k] = scale·x[rows[k]] + shift",
+        signature="x:byte(n, m), rows:index(k), scale(m), shift(m) -> y(k, m)",
+        forward=_take_scaled,
+        example=_take_scaled_example,
+    )
+)
+
 # --- concatenate ---
 
 
