@@ -85,7 +85,7 @@ static double label_peak(const smoothed_label *label, int64_t y)
 static void hard_losses(const smoothed_label *label, double *loss, real *factor, const real *z, const int64_t *y,
                         int64_t c, int64_t count, const real *top, const double *total, double scale)
 {
-    double peak[LANES], below_top[LANES], others[LANES] = {0};
+    double peak[LANES] ALIGNED, below_top[LANES] ALIGNED, others[LANES] ALIGNED = {0};
     const double base = label->base, base_sum = base * label->weight_sum;
     for (int64_t l = 0; l < count; l++, z += c) {
         peak[l] = y[l] < 0 ? 0 : label_peak(label, y[l]);
@@ -142,8 +142,8 @@ static void cross_entropy_tile(const smoothed_label *label, double *loss, real *
                                int64_t c, int64_t count, double scale)
 {
     const softening s = softened(1);
-    real tile[NARROW * LANES], top[LANES], factor[LANES] = {0};
-    double total[LANES];
+    real tile[NARROW * LANES] ALIGNED, top[LANES] ALIGNED, factor[LANES] ALIGNED = {0};
+    double total[LANES] ALIGNED;
     load_tile(tile, z, c, count);
     maxima(top, tile, c);
     tile_weights(tile, total, tile, top, c, &s);
@@ -354,19 +354,8 @@ typedef struct {
  * of the student's at 1. */
 typedef struct {
     real top_s[LANES], top_t[LANES];
-    row_softening student, teacher, hard;
     double p[LANES], q[LANES], apart[LANES], e[LANES];
-} row_sums;
-
-static void start_sums(row_sums *sums, const distillation *d)
-{
-    soften_rows(&sums->student, &d->student, sums->top_s);
-    soften_rows(&sums->teacher, &d->teacher, sums->top_t);
-    if (d->hard_weights == COMPUTED)
-        soften_rows(&sums->hard, &d->hard, sums->top_s);
-    for (int l = 0; l < LANES; l++)
-        sums->p[l] = sums->q[l] = sums->apart[l] = sums->e[l] = 0;
-}
+} ALIGNED row_sums;
 
 /* The weights p and q, and e where it is COMPUTED, and their sums. In each call hard_weights is a constant, so that the
  * loop has no branch. Meanwhile the next row is fetched, which is c further on. */
@@ -377,15 +366,16 @@ INLINE void add_steps(row_sums *sums, real *p, real *q, real *e, const real *z_s
     const real ratio = (real)(d->inverse_s / d->inverse_t);
     for (int64_t first = 0; first < steps; first += STEPS) {
         const int64_t end = smaller(first + STEPS, steps) * LANES;
-        real sum_p[LANES] = {0}, sum_q[LANES] = {0}, sum_apart[LANES] = {0}, sum_e[LANES] = {0};
+        real sum_p[LANES] ALIGNED = {0}, sum_q[LANES] ALIGNED = {0};
+        real sum_apart[LANES] ALIGNED = {0}, sum_e[LANES] ALIGNED = {0};
         for (int64_t j = first * LANES; j < end; j += LANES) {
             FETCH(z_s + j + d->c);
             FETCH(z_t + j + d->c);
             SIMD
             for (int l = 0; l < LANES; l++) {
-                const real zs = z_s[j + l], zt = z_t[j + l];
-                const real pl = weight(&student, &sums->student, l, zs), ql = weight(&teacher, &sums->teacher, l, zt);
-                const real apart = fused(-ratio, zs - sums->top_s[l], zt - sums->top_t[l]), term = ql * apart;
+                const real below_s = z_s[j + l] - sums->top_s[l], below_t = z_t[j + l] - sums->top_t[l];
+                const real pl = quick_weight(&student, below_s), ql = quick_weight(&teacher, below_t);
+                const real term = ql * fused(-ratio, below_s, below_t);
                 p[j + l] = pl;
                 q[j + l] = ql;
                 sum_p[l] += pl;
@@ -394,7 +384,7 @@ INLINE void add_steps(row_sums *sums, real *p, real *q, real *e, const real *z_s
                 if (hard_weights <= SQUARED_3) {
                     sum_e[l] += squared(pl, hard_weights);
                 } else if (hard_weights == COMPUTED) {
-                    const real el = weight(&hard, &sums->hard, l, zs);
+                    const real el = quick_weight(&hard, below_s);
                     e[j + l] = el;
                     sum_e[l] += el;
                 }
@@ -470,7 +460,7 @@ INLINE real second_order(real delta)
 typedef struct {
     real per_p[LANES], per_q[LANES], per_e[LANES];
     double kl[LANES], log_of_sums[LANES]; /* KL(q ‖ p), log(Σ q / Σ p) */
-} row_results;
+} ALIGNED row_results;
 
 /* The losses of `count` rows, as far as the hard term goes, and KL as a difference of sums:
  * Σ q·(log q - log p) = Σ q·apart/T / Σ q - log(Σ q / Σ p). Returns whether any is too small for that. */
@@ -537,7 +527,7 @@ typedef struct {
     real per_p[LANES], per_q[LANES], shift[LANES], shift_rest[LANES];
     real inverse, inverse_rest;
     int same_temperature;
-} near_rows;
+} ALIGNED near_rows;
 
 static void near_rows_of(near_rows *near, const row_sums *sums, const row_results *results, const distillation *d,
                          int64_t count)
@@ -601,14 +591,14 @@ static void distillation_tile(const distillation *d, double *loss, real *dz, con
                               const int64_t *y, int64_t count)
 {
     const int64_t c = d->c;
-    real tile_s[NARROW * LANES], tile_t[NARROW * LANES], p[NARROW * LANES], q[NARROW * LANES], e[NARROW * LANES];
-    row_sums sums;
+    real tile_s[NARROW * LANES] ALIGNED, tile_t[NARROW * LANES] ALIGNED;
+    real p[NARROW * LANES] ALIGNED, q[NARROW * LANES] ALIGNED, e[NARROW * LANES] ALIGNED;
+    row_sums sums = {{0}, {0}, {0}, {0}, {0}, {0}};
     row_results results;
     load_tile(tile_s, z_s, c, count);
     load_tile(tile_t, z_t, c, count);
     maxima(sums.top_s, tile_s, c);
     maxima(sums.top_t, tile_t, c);
-    start_sums(&sums, d);
     add_to_sums(&sums, p, q, e, tile_s, tile_t, c, d);
     if (results_of(&results, loss, &sums, d, z_s, y, LANES)) {
         near_rows near;
@@ -661,12 +651,11 @@ static double near_kl(const distillation *d, const row_sums *sums, const row_res
 static void distillation_row(const distillation *d, double *loss, real *dz, const real *z_s, const real *z_t, int64_t y)
 {
     const int64_t c = d->c, steps = c / LANES, whole = steps * LANES;
-    real *p = d->p, *q = d->q, *e = d->e, rest_s[LANES], rest_t[LANES];
-    row_sums sums;
+    real *p = d->p, *q = d->q, *e = d->e, rest_s[LANES] ALIGNED, rest_t[LANES] ALIGNED;
+    row_sums sums = {{0}, {0}, {0}, {0}, {0}, {0}};
     row_results results;
     fill(sums.top_s, LANES, maximum(z_s, c));
     fill(sums.top_t, LANES, maximum(z_t, c));
-    start_sums(&sums, d);
     add_to_sums(&sums, p, q, e, z_s, z_t, steps, d);
     if (whole < c) {
         load_rest(rest_s, z_s, c);
@@ -731,7 +720,7 @@ static int64_t distillation_loss(const minikd_call *call)
     const double t = temperature < LARGEST_TEMPERATURE ? temperature : LARGEST_TEMPERATURE;
     const double per_soft = soft * row_scale((double)n, a->reduction);
     const int64_t padded = (c + LANES - 1) / LANES * LANES;
-    real here[3 * STACK_ROW];
+    real here[3 * STACK_ROW] ALIGNED;
     distillation d;
     d.c = c;
     d.hard_scale = hard * row_scale((double)labelled, a->reduction);

@@ -21,6 +21,13 @@
 #define BLOCK 512  /* elements that are taken through all steps of a pass while they are in the nearest cache */
 #define NARROW 100 /* classes up to which rows are taken in tiles */
 
+/* Arrays of lanes begin where a cache line does, so that no vector of theirs lies in two. */
+#ifdef __GNUC__
+#define ALIGNED __attribute__((aligned(64)))
+#else
+#define ALIGNED
+#endif
+
 static int64_t smaller(int64_t a, int64_t b)
 {
     return a < b ? a : b;
@@ -99,12 +106,15 @@ static void settled(void)
 /* The sum of the lanes, in one order whatever the processor. */
 INLINE double across(const double *lane)
 {
-    double half[LANES / 2];
+    double half[LANES / 2] ALIGNED;
+    SIMD
     for (int l = 0; l < LANES / 2; l++)
         half[l] = lane[l] + lane[l + LANES / 2];
-    for (int width = LANES / 4; width > 0; width /= 2)
+    for (int width = LANES / 4; width > 0; width /= 2) {
+        SIMD
         for (int l = 0; l < width; l++)
             half[l] += half[l + width];
+    }
     return half[0];
 }
 
@@ -123,32 +133,48 @@ static double sum(const real *x, int64_t count)
     return across(lane) + rest;
 }
 
-/* The largest score of each lane; NaN is passed over. */
-static void maxima(real *top, const real *z, int64_t steps)
+INLINE real larger(real a, real b)
 {
-    real largest[LANES];
-    fill(largest, LANES, -(real)INFINITY);
-    for (int64_t s = 0; s < steps; s++) {
-        const real *scores = z + s * LANES;
-        SIMD
-        for (int l = 0; l < LANES; l++)
-            largest[l] = scores[l] > largest[l] ? scores[l] : largest[l];
-    }
-    memcpy(top, largest, sizeof largest);
+    return a > b ? a : b;
 }
 
-/* The largest element of a row; NaN is passed over. */
+/* The largest score of each lane; NaN is passed over. Four steps at a time, none of which waits for another. */
+static void maxima(real *top, const real *z, int64_t steps)
+{
+    const int64_t whole = (steps - steps % 4) * LANES;
+    real largest[4 * LANES] ALIGNED;
+    fill(largest, 4 * LANES, -(real)INFINITY);
+    for (int64_t j = 0; j < whole; j += 4 * LANES) {
+        SIMD
+        for (int l = 0; l < 4 * LANES; l++)
+            largest[l] = larger(z[j + l], largest[l]);
+    }
+    for (int64_t j = whole; j < steps * LANES; j += LANES) {
+        SIMD
+        for (int l = 0; l < LANES; l++)
+            largest[l] = larger(z[j + l], largest[l]);
+    }
+    SIMD
+    for (int l = 0; l < LANES; l++)
+        top[l] = larger(larger(largest[l], largest[l + LANES]), larger(largest[l + 2 * LANES], largest[l + 3 * LANES]));
+}
+
+/* The largest element of a row; NaN is passed over. What is left behind the last whole step is looked at with the
+ * elements before it once more. */
 static real maximum(const real *z, int64_t c)
 {
-    const int64_t steps = c / LANES;
-    real lane[LANES], top = -(real)INFINITY;
-    maxima(lane, z, steps);
-    for (int64_t j = steps * LANES; j < c; j++)
-        top = z[j] > top ? z[j] : top;
-    for (int width = LANES / 2; width > 0; width /= 2)
+    real lane[LANES] ALIGNED;
+    maxima(lane, z, c / LANES);
+    for (int64_t l = 0; c < LANES && l < c; l++)
+        lane[0] = larger(z[l], lane[0]);
+    for (int64_t l = 0; c % LANES && c > LANES && l < LANES; l++)
+        lane[l] = larger(z[c - LANES + l], lane[l]);
+    for (int width = LANES / 2; width > 0; width /= 2) {
+        SIMD
         for (int l = 0; l < width; l++)
-            lane[l] = lane[l + width] > lane[l] ? lane[l + width] : lane[l];
-    return lane[0] > top ? lane[0] : top;
+            lane[l] = larger(lane[l + width], lane[l]);
+    }
+    return lane[0];
 }
 
 /* --- softmax(z/T) of a row: weight_j / Σ weight, weight_j = exp((z_j - max z)/T) --- */
@@ -165,81 +191,61 @@ static double inverse_temperature(double t)
     return inverse < least ? least : inverse > most ? most : inverse;
 }
 
-/* What the weights of all rows are computed with: exp((z - top)/T) = 2^((z - top)·rate). */
+/* What weights are computed with: exp((z - top)/T) = 2^((z - top)·rate). */
 typedef struct {
     real rate, rate_rest; /* log2(e)/T in two parts */
     real reach;           /* the lowest z - top whose weight is a normal number; below it the weight is 0 */
-    real far_top;         /* a |top| from here on is taken off z first: z - top is exact where the weight is not 0,
-                             because that is within top/2 ≤ z ≤ 2·top; any |top| where products are not exact */
 } softening;
 
 static softening softened(double inverse_t)
 {
     const double rate = LOG2_E * inverse_t, reach = LOWEST_NORMAL / inverse_t;
-    const double far_top = PRODUCTS_ARE_EXACT ? -2.1 * reach : 0;
     softening s;
     s.rate = (real)rate;
     s.rate_rest = (real)(rate - s.rate);
     s.reach = reach < -REAL_MAX ? -REAL_MAX : (real)reach;
-    s.far_top = far_top > REAL_MAX ? REAL_MAX : (real)far_top;
     return s;
 }
 
-/* What the weights of each lane are computed with. Take d = z - base, t = top - base and whole numbers k and m:
- *     (z - top)·rate = k + f,   f = (d·rate - (k + m)) - (t·rate - m),   |f| ≤ 1/2,
- * where base is 0, or a far top. Nothing of z is lost in a subtraction, and both brackets are small and rounded once;
- * so a weight has the relative error of exp alone, however far z is from the top. The top's own weight is exactly 1. */
-typedef struct {
-    real base[LANES], lowest[LANES]; /* and the d below which the weight is 0 */
-    real shift[LANES];               /* d·rate + shift is about k + f */
-    real rounder[LANES];             /* ROUNDER + BIAS - m */
-    real remainder[LANES];           /* t·rate - m in two parts */
-    real remainder_rest[LANES];
-} row_softening;
-
-static void soften_rows(row_softening *row, const softening *s, const real *top)
+/* e where d ≥ lowest, or where d is NaN, and else 0: without the branch that a compiler may make of ?: */
+INLINE real unless_below(real d, real lowest, real e)
 {
-    const softening fixed = *s;
-    SIMD
-    for (int l = 0; l < LANES; l++) {
-        const real base = REAL(fabs)(top[l]) < fixed.far_top ? 0 : top[l];
-        const real t = top[l] - base, lowest = t + fixed.reach;
-        const real m = (t * fixed.rate + ROUNDER) - ROUNDER;
-        row->base[l] = base;
-        row->lowest[l] = lowest < -REAL_MAX ? -REAL_MAX : lowest;
-        row->shift[l] = -(t * fixed.rate);
-        row->rounder[l] = (ROUNDER + BIAS) - m;
-        row->remainder[l] = exact_product(t, fixed.rate, -m);
-        row->remainder_rest[l] = t * fixed.rate_rest;
-    }
+    return from_bits(to_bits(e) & ((bits)(d < lowest) - 1));
 }
 
-/* exp((z - top)/T) of one lane. What comes out below `lowest` is no number that is used. */
-INLINE real weight(const softening *s, const row_softening *row, int l, real z)
+/* exp(d/T) for d = z - top ≤ 0, so that the top's own weight is exactly 1. What an error of d by rounding makes of a
+ * weight w = e^-x is x·w·2^-24 in float: at most 0.4·2^-24 of the top's weight. */
+INLINE real weight(const softening *s, real d)
 {
-    const real d = z - row->base[l];
-    const real shifted = fused(d, s->rate, row->shift[l]) + (ROUNDER + BIAS), k_and_m = shifted - row->rounder[l];
-    const real f = (exact_product(d, s->rate, -k_and_m) - row->remainder[l])
-                   + fused(d, s->rate_rest, -row->remainder_rest[l]);
+    const real shifted = fused(d, s->rate, ROUNDER + BIAS), k = shifted - (ROUNDER + BIAS);
+    const real f = fused(d, s->rate_rest, fused(d, s->rate, -k));
     const real power = from_bits(to_bits(shifted) << MANTISSA);
-    const real e = fused(power * f, power_tail(f), power);
-    return d < row->lowest[l] ? 0 : e;
+    return unless_below(d, s->reach, fused(power * f, power_tail(f), power));
+}
+
+/* The same with fewer multiplications, which are what limits the speed of these loops: 1/T is not carried in two parts,
+ * so that x·w·2^-24 comes twice where T is no power of two, and the series is one term shorter. */
+INLINE real quick_weight(const softening *s, real d)
+{
+    const real shifted = fused(d, s->rate, ROUNDER + BIAS), k = shifted - (ROUNDER + BIAS);
+    const real f = fused(d, s->rate, -k), power = from_bits(to_bits(shifted) << MANTISSA);
+    return unless_below(d, s->reach, fused(power * f, quick_power_tail(f), power));
 }
 
 /* e = exp((z - top)/T), and total += Σ e of each lane: NaN if it has a NaN or no finite maximum. e may be z.
  * Meanwhile what stands `ahead` of z, the next row, is fetched. */
-static void add_weights(double *total, real *e, const real *z, int64_t steps, const softening *s,
-                        const row_softening *row, int64_t ahead)
+static void add_weights(double *total, real *e, const real *z, int64_t steps, const softening *s, const real *top,
+                        int64_t ahead)
 {
     const softening fixed = *s;
     for (int64_t first = 0; first < steps; first += STEPS) {
         const int64_t end = smaller(first + STEPS, steps);
-        real part[LANES] = {0};
+        real part[LANES] ALIGNED = {0};
         for (int64_t j = first * LANES; j < end * LANES; j += LANES) {
             FETCH(z + j + ahead);
             SIMD
             for (int l = 0; l < LANES; l++) {
-                const real el = weight(&fixed, row, l, z[j + l]);
+                const real el = weight(&fixed, z[j + l] - top[l]);
                 e[j + l] = el;
                 part[l] += el;
             }
@@ -269,15 +275,13 @@ static void store_rest(real *row, const real *step, int64_t c)
 /* e = exp((z - top)/T) of a row; returns Σ e. e may be z. */
 static double weights(real *e, const real *z, int64_t c, const softening *s, real top, int64_t ahead)
 {
-    row_softening row;
-    real tops[LANES], rest[LANES];
-    double total[LANES] = {0};
+    real tops[LANES] ALIGNED, rest[LANES] ALIGNED;
+    double total[LANES] ALIGNED = {0};
     fill(tops, LANES, top);
-    soften_rows(&row, s, tops);
-    add_weights(total, e, z, c / LANES, s, &row, ahead);
+    add_weights(total, e, z, c / LANES, s, tops, ahead);
     if (c % LANES) {
         load_rest(rest, z, c);
-        add_weights(total, rest, rest, 1, s, &row, 0);
+        add_weights(total, rest, rest, 1, s, tops, 0);
         store_rest(e, rest, c);
     }
     return across(total);
@@ -379,11 +383,9 @@ static void store_tile(real *rows, const real *tile, int64_t c, int64_t count)
 /* e = exp((z - top)/T) of a tile and total = Σ e of each row. e may be z. */
 static void tile_weights(real *e, double *total, const real *tile, const real *top, int64_t c, const softening *s)
 {
-    row_softening row;
-    soften_rows(&row, s, top);
     for (int l = 0; l < LANES; l++)
         total[l] = 0;
-    add_weights(total, e, tile, c, s, &row, 0);
+    add_weights(total, e, tile, c, s, top, 0);
 }
 
 #endif

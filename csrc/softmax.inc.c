@@ -4,8 +4,8 @@
 
 static void softmax_tile(real *y, const real *x, int64_t c, int64_t count, const softening *s)
 {
-    real tile[NARROW * LANES], top[LANES], scale[LANES];
-    double total[LANES];
+    real tile[NARROW * LANES] ALIGNED, top[LANES] ALIGNED, scale[LANES] ALIGNED;
+    double total[LANES] ALIGNED;
     load_tile(tile, x, c, count);
     maxima(top, tile, c);
     tile_weights(tile, total, tile, top, c, s);
@@ -110,8 +110,8 @@ static int64_t softmax_vjp(const minikd_call *call)
 
 static void log_softmax_tile(real *y, const real *x, int64_t c, int64_t count, const softening *s, real inverse_t)
 {
-    real tile[NARROW * LANES], e[NARROW * LANES], top[LANES], log_total[LANES];
-    double total[LANES];
+    real tile[NARROW * LANES] ALIGNED, e[NARROW * LANES] ALIGNED, top[LANES] ALIGNED, log_total[LANES] ALIGNED;
+    double total[LANES] ALIGNED;
     load_tile(tile, x, c, count);
     maxima(top, tile, c);
     tile_weights(e, total, tile, top, c, s);

@@ -176,7 +176,7 @@ def test_rows_wider_than_any_block_agree_with_the_reference(name: str, dtype: st
 @each_level
 @pytest.mark.parametrize("classes", [2, 10, 100, 101, 1000])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0, 4.0, 8.0, 20.0])
-def test_a_float_gradient_is_right_to_a_millionth_of_the_larger_probability(
+def test_a_float_gradient_is_right_to_a_millionth_of_the_largest_probability_of_its_row(
     level: str, classes: int, temperature: float
 ) -> None:
     rng = np.random.default_rng(classes)
@@ -191,8 +191,12 @@ def test_a_float_gradient_is_right_to_a_millionth_of_the_larger_probability(
         p, q, t = np.empty(z_s.shape), np.empty(z_s.shape), np.array(temperature)
         reference("softmax", p, widen(z_s), t)
         reference("softmax", q, widen(z_t), t)
-        assert np.all(np.abs(gradient - exact) <= 1e-6 * temperature * np.maximum(p, q) + 1e-37)
-        np.testing.assert_allclose(loss, exact_loss, rtol=1e-6, atol=1e-13 * temperature**2)
+        largest = np.maximum(p, q).max(axis=1, keepdims=True)
+        assert np.all(np.abs(gradient - exact) <= 1e-6 * temperature * largest)
+        # 1/T is rounded unless T is a power of two, and the smallest q, which decide KL in rows that are almost certain,
+        # feel it
+        usual = 1e-6 if np.log2(temperature) % 1 == 0 else 2e-6
+        np.testing.assert_allclose(loss, exact_loss, rtol=usual, atol=1e-13 * temperature**2)
 
 
 @each_level
@@ -249,6 +253,27 @@ def test_results_do_not_depend_on_where_the_arrays_lie(level: str, dtype: str, c
         run(level, "distillation_loss", loss, *moved, np.arange(5), *scalars)
         found.add((loss.tobytes(), moved[0].tobytes()))
     assert len(found) == 1
+
+
+@each_float
+@pytest.mark.parametrize("name", sorted(n for n in native.NAMES if not n.endswith("_vjp")))
+def test_avx2_and_avx512_give_the_same_bits(name: str, dtype: str) -> None:
+    if native.cpu_levels()[-1] != "v4":
+        pytest.skip("needs a processor with AVX-512")
+    op, rng = OPS[name], np.random.default_rng(4)
+    for raw, attrs in op.example(rng, np.dtype(dtype).type):
+        full = {**op.attrs, **attrs}
+        inputs, _ = prepare(op, raw, np.dtype(dtype))
+        shapes, saved_shapes = op.infer([None if x is None else x.shape for x in inputs], full)
+        updates = [np.abs(rng.normal(size=inputs[0].shape)).astype(dtype) for _ in op.updates]
+        kinds = [KINDS[a.kind] or np.dtype(dtype) for a in op.outs] + [np.dtype(dtype)] * len(op.saved)
+        found = []
+        for level in ("v3", "v4"):
+            outs = [np.zeros(s, kind) for s, kind in zip((*shapes, *saved_shapes), kinds, strict=True)]
+            written = [*outs[: len(op.outs)], *(x.copy() for x in updates), *outs[len(op.outs) :]]
+            run(level, name, *written, *inputs, **full)
+            found.append([x.tobytes() for x in written])
+        assert found[0] == found[1]
 
 
 @each_level
