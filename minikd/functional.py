@@ -17,7 +17,7 @@ import numpy as np
 
 from minikd import tensor
 from minikd.errors import ArgumentError, ShapeError, bad_temperature
-from minikd.kernels import as_real, execute
+from minikd.kernels import as_real, execute, recall
 from minikd.ops import OPS
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.tape import no_grad
@@ -98,8 +98,7 @@ def _rows_of_logits(where: str, argument: str, value: Any) -> Any:
 
 def _look_like_probabilities(logits: Any) -> bool:
     """Whether each of the first rows lies in [0, 1] and sums to 1."""
-    first = logits[0]
-    if len(first) < 2 or not 0 <= logits.item(0) <= 1 or first.min() < 0 or first.max() > 1:
+    if not 0 <= logits.item(0) <= 1 or logits.shape[1] < 2 or not 0 <= logits.item(1) <= 1:
         return False
     rows = logits[:ROWS_TO_LOOK_AT]
     return bool(((rows >= 0) & (rows <= 1)).all() and (abs(rows.sum(axis=1) - 1) < 1e-3).all())
@@ -107,10 +106,12 @@ def _look_like_probabilities(logits: Any) -> bool:
 
 def _warn_of_probabilities(where: str, **logits: Any) -> None:
     """One warning, at the line of the user's call, if arguments look as if softmax was applied to them already."""
-    names = [name for name, array in logits.items() if _look_like_probabilities(array)]
-    if names:
-        message = f"{where}: {' and '.join(names)} look like probabilities where logits are expected."
-        warnings.warn(f"{message} Pass the scores before softmax, or log(p).", UserWarning, stacklevel=3)
+    for array in logits.values():
+        if _look_like_probabilities(array):
+            names = " and ".join(name for name in logits if _look_like_probabilities(logits[name]))
+            message = f"{where}: {names} look like probabilities where logits are expected."
+            warnings.warn(f"{message} Pass the scores before softmax, or log(p).", UserWarning, stacklevel=3)
+            return
 
 
 def _row_targets(where: str, target: Any, n: int, c: int) -> tuple[Any, bool]:
@@ -137,8 +138,13 @@ def _loss(name: str, inputs: Sequence[Any], return_grad: bool, grad_out: Any, **
         return apply(name, *inputs, **attrs)
     gradient = _gradient_out(name, grad_out, inputs[0])
     (loss,), (saved,), _ = execute(OPS[name], inputs, attrs, save=wants_grad, gradient=gradient)
+    return _result(loss, saved)
+
+
+def _result(loss: Any, gradient: Any) -> Any:
+    """A loss of arrays as a NumPy value, with its gradient if that was asked for."""
     value = loss if loss.ndim else loss[()]
-    return (value, saved) if wants_grad else value
+    return value if gradient is None else (value, gradient)
 
 
 def _gradient_out(name: str, grad_out: Any, logits: Any) -> Any:
@@ -159,21 +165,24 @@ def _gradient_out(name: str, grad_out: Any, logits: Any) -> Any:
 def _rows_function(name: str, x: Any, axis: int, temperature: Any) -> Any:
     """Softmax or log-softmax along any axis: that axis is brought to the end, and the others become rows."""
     t = _temperature(name, temperature)
+    known = recall(name, (x, t), {}) if type(axis) is int and axis in (1, -1) else None
+    if known is not None:
+        return known.run((x, t))[0]
     array = _array(x, name, "x")
     if array.ndim == 0 or 0 in array.shape:
         raise ShapeError(name, "x", expected="an array with at least one row and one class", got=f"shape {array.shape}")
     if not isinstance(axis, int | np.integer) or not -array.ndim <= axis < array.ndim:
         expected = f"an axis of an array with {array.ndim} axes"
         raise ArgumentError(name, "axis", expected=expected, got=repr(axis))
-    order = [a for a in range(array.ndim) if a != axis % array.ndim] + [axis % array.ndim]
-    back = tuple(int(a) for a in np.argsort(order))
     rows = (math.prod(array.shape) // array.shape[axis], array.shape[axis])
     if not isinstance(x, Tensor):
-        values = np.ascontiguousarray(array.transpose(order))
-        (y,), _, _ = execute(OPS[name], [values.reshape(rows), np.float64(t)], {})
-        return np.ascontiguousarray(y.reshape(values.shape).transpose(back))
+        moved = np.moveaxis(array, axis, -1)
+        (y,), _, _ = execute(OPS[name], [moved.reshape(rows), t], {})
+        return np.ascontiguousarray(np.moveaxis(y.reshape(moved.shape), -1, axis))
+    order = [a for a in range(array.ndim) if a != axis % array.ndim] + [axis % array.ndim]
+    back = tuple(int(a) for a in np.argsort(order))
     moved = x if order == sorted(order) else x.transpose(order)
-    y = apply(name, moved if moved.ndim == 2 else moved.reshape(rows), np.float64(t))
+    y = apply(name, moved if moved.ndim == 2 else moved.reshape(rows), t)
     y = y if y.shape == moved.shape else y.reshape(moved.shape)
     return y if order == sorted(order) else y.transpose(back)
 
@@ -248,9 +257,20 @@ def cross_entropy(
     with a zero gradient (PyTorch: NaN).
     """
     where = "cross_entropy"
+    attrs: dict[str, Any] = {
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+    }
+    save = return_grad or grad_out is not None
+    known = recall(where, (logits, target, weight), attrs, save)
+    if known is not None:
+        _warn_of_probabilities(where, logits=logits)
+        gradient = _gradient_out(where, grad_out, logits)
+        return _result(*known.run((logits, target, weight), gradient))
     z = _rows_of_logits(where, "logits", logits)
     _choice(where, "reduction", reduction, ("mean", "sum", "none"))
-    attrs: dict[str, Any] = {"reduction": reduction, "label_smoothing": _smoothing(where, label_smoothing)}
+    attrs = {"reduction": reduction, "label_smoothing": _smoothing(where, label_smoothing)}
     labels, soft = _row_targets(where, target, *z.shape)
     if weight is not None:
         weight = _array(weight, where, "weight")
@@ -292,6 +312,11 @@ def kl_div(
     ShapeError : the shapes differ or there are no elements.  ArgumentError : an unknown reduction.
     """
     where = "kl_div"
+    attrs = {"reduction": reduction, "log_target": log_target}
+    save = return_grad or grad_out is not None
+    known = recall(where, (input, target), attrs, save)
+    if known is not None:
+        return _result(*known.run((input, target), _gradient_out(where, grad_out, input)))
     _choice(where, "reduction", reduction, ("batchmean", "mean", "sum", "none"))
     shape = _array(input, where, "input").shape
     if _array(target, where, "target").shape != shape:
@@ -356,6 +381,20 @@ def distillation_loss(
     Source: Hinton, Vinyals and Dean 2015, sec. 2 and 2.1.
     """
     where = "distillation_loss"
+    t = _temperature(where, temperature)
+    scalars = (t, _finite(where, "hard_weight", hard_weight), _finite(where, "soft_weight", soft_weight))
+    attrs = {
+        "reduction": reduction,
+        "scale_t2": scale_t2,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+    }
+    save = return_grad or grad_out is not None
+    inputs = (student_logits, teacher_logits, target, *scalars)
+    known = recall(where, inputs, attrs, save)
+    if known is not None:
+        _warn_of_probabilities(where, student_logits=student_logits, teacher_logits=teacher_logits)
+        return _result(*known.run(inputs, _gradient_out(where, grad_out, student_logits)))
     student, teacher = (
         _rows_of_logits(where, name, x)
         for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits))
@@ -364,8 +403,6 @@ def distillation_loss(
         expected, got = f"of the student's shape {student.shape}", f"shape {teacher.shape}"
         raise ShapeError(where, "teacher_logits", expected=expected, got=got)
     _choice(where, "reduction", reduction, ("mean", "sum", "none"))
-    scalars = [_temperature(where, temperature)]
-    scalars += [_finite(where, a, w) for a, w in (("hard_weight", hard_weight), ("soft_weight", soft_weight))]
     smoothing = _smoothing(where, label_smoothing)
     labels, soft = (None, False) if target is None else _row_targets(where, target, *student.shape)
     _warn_of_probabilities(where, student_logits=student, teacher_logits=teacher)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minikd.errors import DTypeError, ShapeError, TapeError
-from minikd.kernels import bind, execute, input_arguments
+from minikd.kernels import execute, input_arguments, run
 from minikd.ops import OPS, Op
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Node:
         """The gradients of the inputs that need one; a leaf's first gradient is written straight into its place."""
         wanted = self.differentiated()
         dins = [None if t is None else _gradient_buffer(t, wanted[:k]) for k, t in enumerate(wanted)]
-        bind(self.op.name + "_vjp", *dins, dout, self.out, *self.saved, *self.inputs, **self.attrs)()
+        run(self.op.name + "_vjp", *dins, dout, self.out, *self.saved, *self.inputs, **self.attrs)
         return ((t, d) for t, d in zip(wanted, dins, strict=True) if t is not None)
 
     def differentiated(self) -> list[Tensor | None]:
@@ -170,7 +170,7 @@ def backward(root: Node, dout: Any, retain_graph: bool) -> None:
             if tensor.node is None:
                 tensor.take_gradient(gradient)
             elif id(tensor.node) in pending:
-                bind("add_into", pending[id(tensor.node)], gradient)()
+                run("add_into", pending[id(tensor.node)], gradient)
             else:
                 pending[id(tensor.node)] = gradient
     if not retain_graph:
