@@ -99,19 +99,20 @@ def _rows_of_logits(where: str, argument: str, value: Any) -> Any:
 def _look_like_probabilities(logits: Any) -> bool:
     """Whether each of the first rows lies in [0, 1] and sums to 1."""
     if not 0 <= logits.item(0) <= 1 or logits.shape[1] < 2 or not 0 <= logits.item(1) <= 1:
-        return False
+        return False  # two numbers clear nearly all arrays
     rows = logits[:ROWS_TO_LOOK_AT]
     return bool(((rows >= 0) & (rows <= 1)).all() and (abs(rows.sum(axis=1) - 1) < 1e-3).all())
 
 
 def _warn_of_probabilities(where: str, **logits: Any) -> None:
     """One warning, at the line of the user's call, if arguments look as if softmax was applied to them already."""
-    for array in logits.values():
+    names = ""
+    for name, array in logits.items():
         if _look_like_probabilities(array):
-            names = " and ".join(name for name in logits if _look_like_probabilities(logits[name]))
-            message = f"{where}: {names} look like probabilities where logits are expected."
-            warnings.warn(f"{message} Pass the scores before softmax, or log(p).", UserWarning, stacklevel=3)
-            return
+            names += f" and {name}" if names else name
+    if names:
+        message = f"{where}: {names} look like probabilities where logits are expected."
+        warnings.warn(f"{message} Pass the scores before softmax, or log(p).", UserWarning, stacklevel=3)
 
 
 def _row_targets(where: str, target: Any, n: int, c: int) -> tuple[Any, bool]:

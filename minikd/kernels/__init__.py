@@ -333,17 +333,18 @@ class Prepared:
         outs, saved = op.infer([None if x is None else np.shape(x) for x in inputs], attrs)
         kept = [s if save or not a.optional else None for a, s in zip(op.saved, saved, strict=True)]
         self.real, self.written = real, (*outs, *kept)
-        self.launch = used.launch(op.name, (*self._fresh(self.written), *inputs), attrs)
+        written = [None if shape is None else np.empty(shape, real) for shape in self.written]
+        self.launch = used.launch(op.name, (*written, *inputs), attrs)
 
     def run(self, inputs: Sequence[Any], gradient: Any = None) -> list[Any]:
         """The outputs and behind them the saved values; `gradient` is an array for the last, if not a fresh one."""
-        written = self._fresh(self.written) if gradient is None else [*self._fresh(self.written[:-1]), gradient]
+        empty, real = np.empty, self.real
+        shapes = self.written if gradient is None else self.written[:-1]
+        written = [None if shape is None else empty(shape, real) for shape in shapes]
+        if gradient is not None:
+            written.append(gradient)
         self.launch.run(*written, *inputs)
         return written
-
-    def _fresh(self, shapes: Sequence[Shape | None]) -> list[Any]:
-        empty, real = np.empty, self.real
-        return [None if shape is None else empty(shape, real) for shape in shapes]
 
 
 def recall(name: str, inputs: Sequence[Any], attrs: dict[str, Any], save: bool = True) -> Prepared | None:
