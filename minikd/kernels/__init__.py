@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from minikd.errors import BackendError, DTypeError, ShapeError
+from minikd.kernels import composed
 from minikd.kernels.launch import Call, Launch, Launcher, Memo, as_arrays, binding_anew, look_of
 from minikd.kernels.reference import bind_reference
 from minikd.ops import OPS, Argument, Op, Shape
@@ -86,16 +87,16 @@ class _InUse:
         self.prepared = Memo()  # by operation, attributes and the look of its inputs
 
     def launcher(self, name: str) -> Launcher:
-        """What makes the launches of this kernel: the backend, else the reference; looked up once."""
+        """What makes the launches of this kernel: the backend, else its kernels together, else the reference."""
         found = self.launchers.get(name)
         if found is None:
             module = importlib.import_module(BACKENDS[self.name].module)
-            if name not in module.NAMES:
-                found = binding_anew(bind_reference(name))
-            elif hasattr(module, "launcher"):
-                found = module.launcher(name)
+            if name in module.NAMES:
+                found = module.launcher(name) if hasattr(module, "launcher") else binding_anew(module.binder(name))
+            elif name in composed.KERNELS:
+                found = binding_anew(composed.binder(name, self.run))
             else:
-                found = binding_anew(module.binder(name))
+                found = binding_anew(bind_reference(name))
             self.launchers[name] = found
         return found
 
@@ -108,6 +109,10 @@ class _InUse:
             launch = self.launcher(name)(buffers, attrs)
             self.launches.remember(look, launch)
         return launch
+
+    def run(self, name: str, *buffers: Any, **attrs: Any) -> None:
+        """Run a kernel once on these buffers."""
+        self.launch(name, buffers, _complete(name, attrs)).run(*buffers)
 
 
 _in_use: list[_InUse] = []  # one, once a backend was chosen
@@ -169,7 +174,7 @@ def backends() -> dict[str, BackendStatus]:
     found = {}
     for name, backend in BACKENDS.items():
         reason = backend.missing()
-        fast = set() if reason else set(importlib.import_module(backend.module).NAMES)
+        fast = set() if reason else set(importlib.import_module(backend.module).NAMES) | set(composed.KERNELS)
         fallbacks = () if reason or name == "numpy" else tuple(k for k in kernel_names() if k not in fast)
         found[name] = BackendStatus(not reason, name == current, reason, fallbacks)
     return found
@@ -194,7 +199,7 @@ def bind(name: str, *buffers: Any, **attrs: Any) -> Call:
 
 def run(name: str, *buffers: Any, **attrs: Any) -> None:
     """Run kernel `name` once on these buffers: ``bind(…)()``, without a call that would be thrown away."""
-    _current().launch(name, buffers, _complete(name, attrs)).run(*buffers)
+    _current().run(name, *buffers, **attrs)
 
 
 def _complete(name: str, attrs: dict[str, Any]) -> dict[str, Any]:
