@@ -11,7 +11,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from minikd.tape import no_grad
 from minikd.tensor import Tensor, apply
 
 __all__ = [
+    "Projection",
     "concatenate",
     "cross_entropy",
     "distillation_loss",
@@ -31,6 +32,7 @@ __all__ = [
     "gelu",
     "kl_div",
     "linear",
+    "linear_distillation_loss",
     "log_softmax",
     "matmul",
     "relu",
@@ -133,13 +135,18 @@ def _loss(name: str, inputs: Sequence[Any], return_grad: bool, grad_out: Any, **
     """A loss as a recorded tensor if a tensor came, else as NumPy values with the gradient if it was asked for."""
     wants_grad = return_grad or grad_out is not None
     if any(isinstance(x, Tensor) for x in inputs):
-        if wants_grad:
-            fix = "Call loss.backward() and read .grad, or pass plain arrays."
-            raise ArgumentError(name, "return_grad", expected="used with arrays only", got="tensors", fix=fix)
+        _refuse_return_grad(name, wants_grad)
         return apply(name, *inputs, **attrs)
     gradient = _gradient_out(name, grad_out, inputs[0])
     (loss,), (saved,), _ = execute(OPS[name], inputs, attrs, save=wants_grad, gradient=gradient)
     return _result(loss, saved)
+
+
+def _refuse_return_grad(where: str, wants_grad: bool) -> None:
+    """Tensors leave their gradients to backward."""
+    if wants_grad:
+        fix = "Call loss.backward() and read .grad, or pass plain arrays."
+        raise ArgumentError(where, "return_grad", expected="used with arrays only", got="tensors", fix=fix)
 
 
 def _result(loss: Any, gradient: Any) -> Any:
@@ -442,6 +449,87 @@ def _with_soft_target(
         return hard * hard_weight + soft
     soft[1][...] += hard_weight * hard[1]
     return hard_weight * hard[0] + soft[0], soft[1]
+
+
+class Projection(NamedTuple):
+    """A last layer and what goes into it: the logits hidden·weightᵀ + bias, without computing them.
+
+    `hidden` is (n, k), `weight` (c, k), `bias` (c,) or None. Also the gradients of the three, in their shapes.
+    """
+
+    hidden: Any
+    weight: Any
+    bias: Any = None
+
+
+def linear_distillation_loss(
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    teacher: Any,
+    target: Any = None,
+    *,
+    temperature: float = 4.0,
+    hard_weight: float = 0.5,
+    soft_weight: float = 0.5,
+    reduction: str = "mean",
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    chunk_rows: int | None = None,
+    return_grad: bool = False,
+) -> Any:
+    """distillation_loss(hidden·weightᵀ + bias, teacher, target), without the logits of all rows in memory at once.
+
+    The rows are taken in chunks: their logits, the loss with its gradient, and what that adds to the gradients of
+    hidden, weight and bias. So with n rows and c classes no array of n·c numbers is made, and the time is that of the
+    three matrix products and the loss.
+
+    Parameters
+    ----------
+    hidden, weight, bias : (n, k), (c, k) and (c,) or None: the student's last layer and what goes into it.
+    teacher : (n, c) logits, or a `Projection`, whose logits are computed in chunks too. A constant. Arrays of another
+        dtype than hidden's are converted as a whole first.
+    target : (n,) class ids, or None for no hard term.
+    temperature, hard_weight, soft_weight, scale_t2, ignore_index, label_smoothing : see `distillation_loss`.
+    reduction : "mean" or "sum", as in `distillation_loss`: the means are over all rows, not over those of a chunk.
+    chunk_rows : rows of a chunk; None takes as many as make 16 MiB of logits. It changes the result by rounding only.
+    return_grad : with arrays only, return (loss, gradients) with the gradients as a `Projection`.
+
+    Raises
+    ------
+    ArgumentError : a setting out of its range; a class id outside 0 … c - 1, before anything is written.
+    ShapeError : shapes do not fit, or n or c is 0.
+
+    Source: chunked losses over a large vocabulary, Hsu et al. 2024, "Liger Kernel", and Wijmans et al. 2024, "Cut your
+    losses in large-vocabulary language models".
+    """
+    where = "linear_distillation_loss"
+    scalars = [_temperature(where, temperature)]
+    scalars += [_finite(where, a, w) for a, w in (("hard_weight", hard_weight), ("soft_weight", soft_weight))]
+    _choice(where, "reduction", reduction, ("mean", "sum"))
+    if chunk_rows is not None and (not isinstance(chunk_rows, int | np.integer) or chunk_rows < 1):
+        raise ArgumentError(where, "chunk_rows", expected="a whole number from 1, or None", got=repr(chunk_rows))
+    attrs = {
+        "reduction": reduction,
+        "scale_t2": bool(scale_t2),
+        "ignore_index": int(ignore_index),
+        "label_smoothing": _smoothing(where, label_smoothing),
+        "chunk_rows": None if chunk_rows is None else int(chunk_rows),
+    }
+    if isinstance(teacher, Projection):
+        teacher = (None, *teacher)
+    else:
+        _warn_of_probabilities(where, teacher=_rows_of_logits(where, "teacher", teacher))
+        teacher = (teacher, None, None, None)
+    inputs = (hidden, weight, bias, *teacher, target, *scalars)
+    if any(isinstance(x, Tensor) for x in inputs):
+        _refuse_return_grad(where, return_grad)
+        return apply(where, *inputs, **attrs)
+    (loss,), (dhidden, dweight, dbias), _ = execute(OPS[where], inputs, attrs, save=return_grad)
+    if not return_grad:
+        return loss[()]
+    return loss[()], Projection(dhidden, dweight, None if bias is None else dbias)
 
 
 # --- layers' functions ---
