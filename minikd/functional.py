@@ -11,19 +11,20 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minikd import tensor
 from minikd.errors import ArgumentError, ShapeError, bad_temperature
-from minikd.kernels import as_real, execute
+from minikd.kernels import as_real, execute, recall
 from minikd.ops import OPS
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.tape import no_grad
 from minikd.tensor import Tensor, apply
 
 __all__ = [
+    "Projection",
     "argmax",
     "concatenate",
     "correct_count",
@@ -33,6 +34,7 @@ __all__ = [
     "gelu",
     "kl_div",
     "linear",
+    "linear_distillation_loss",
     "log_softmax",
     "matmul",
     "relu",
@@ -101,18 +103,20 @@ def _rows_of_logits(where: str, argument: str, value: Any) -> Any:
 
 def _look_like_probabilities(logits: Any) -> bool:
     """Whether each of the first rows lies in [0, 1] and sums to 1."""
-    first = logits[0]
-    if len(first) < 2 or not 0 <= logits.item(0) <= 1 or first.min() < 0 or first.max() > 1:
-        return False
+    if not 0 <= logits.item(0) <= 1 or logits.shape[1] < 2 or not 0 <= logits.item(1) <= 1:
+        return False  # two numbers clear nearly all arrays
     rows = logits[:ROWS_TO_LOOK_AT]
     return bool(((rows >= 0) & (rows <= 1)).all() and (abs(rows.sum(axis=1) - 1) < 1e-3).all())
 
 
 def _warn_of_probabilities(where: str, **logits: Any) -> None:
     """One warning, at the line of the user's call, if arguments look as if softmax was applied to them already."""
-    names = [name for name, array in logits.items() if _look_like_probabilities(array)]
+    names = ""
+    for name, array in logits.items():
+        if _look_like_probabilities(array):
+            names += f" and {name}" if names else name
     if names:
-        message = f"{where}: {' and '.join(names)} look like probabilities where logits are expected."
+        message = f"{where}: {names} look like probabilities where logits are expected."
         warnings.warn(f"{message} Pass the scores before softmax, or log(p).", UserWarning, stacklevel=3)
 
 
@@ -134,14 +138,24 @@ def _loss(name: str, inputs: Sequence[Any], return_grad: bool, grad_out: Any, **
     """A loss as a recorded tensor if a tensor came, else as NumPy values with the gradient if it was asked for."""
     wants_grad = return_grad or grad_out is not None
     if any(isinstance(x, Tensor) for x in inputs):
-        if wants_grad:
-            fix = "Call loss.backward() and read .grad, or pass plain arrays."
-            raise ArgumentError(name, "return_grad", expected="used with arrays only", got="tensors", fix=fix)
+        _refuse_return_grad(name, wants_grad)
         return apply(name, *inputs, **attrs)
     gradient = _gradient_out(name, grad_out, inputs[0])
     (loss,), (saved,), _ = execute(OPS[name], inputs, attrs, save=wants_grad, gradient=gradient)
+    return _result(loss, saved)
+
+
+def _refuse_return_grad(where: str, wants_grad: bool) -> None:
+    """Tensors leave their gradients to backward."""
+    if wants_grad:
+        fix = "Call loss.backward() and read .grad, or pass plain arrays."
+        raise ArgumentError(where, "return_grad", expected="used with arrays only", got="tensors", fix=fix)
+
+
+def _result(loss: Any, gradient: Any) -> Any:
+    """A loss of arrays as a NumPy value, with its gradient if that was asked for."""
     value = loss if loss.ndim else loss[()]
-    return (value, saved) if wants_grad else value
+    return value if gradient is None else (value, gradient)
 
 
 def _gradient_out(name: str, grad_out: Any, logits: Any) -> Any:
@@ -162,21 +176,24 @@ def _gradient_out(name: str, grad_out: Any, logits: Any) -> Any:
 def _rows_function(name: str, x: Any, axis: int, temperature: Any) -> Any:
     """Softmax or log-softmax along any axis: that axis is brought to the end, and the others become rows."""
     t = _temperature(name, temperature)
+    known = recall(name, (x, t), {}) if type(axis) is int and axis in (1, -1) else None
+    if known is not None:
+        return known.run((x, t))[0]
     array = _array(x, name, "x")
     if array.ndim == 0 or 0 in array.shape:
         raise ShapeError(name, "x", expected="an array with at least one row and one class", got=f"shape {array.shape}")
     if not isinstance(axis, int | np.integer) or not -array.ndim <= axis < array.ndim:
         expected = f"an axis of an array with {array.ndim} axes"
         raise ArgumentError(name, "axis", expected=expected, got=repr(axis))
-    order = [a for a in range(array.ndim) if a != axis % array.ndim] + [axis % array.ndim]
-    back = tuple(int(a) for a in np.argsort(order))
     rows = (math.prod(array.shape) // array.shape[axis], array.shape[axis])
     if not isinstance(x, Tensor):
-        values = np.ascontiguousarray(array.transpose(order))
-        (y,), _, _ = execute(OPS[name], [values.reshape(rows), np.float64(t)], {})
-        return np.ascontiguousarray(y.reshape(values.shape).transpose(back))
+        moved = np.moveaxis(array, axis, -1)
+        (y,), _, _ = execute(OPS[name], [moved.reshape(rows), t], {})
+        return np.ascontiguousarray(np.moveaxis(y.reshape(moved.shape), -1, axis))
+    order = [a for a in range(array.ndim) if a != axis % array.ndim] + [axis % array.ndim]
+    back = tuple(int(a) for a in np.argsort(order))
     moved = x if order == sorted(order) else x.transpose(order)
-    y = apply(name, moved if moved.ndim == 2 else moved.reshape(rows), np.float64(t))
+    y = apply(name, moved if moved.ndim == 2 else moved.reshape(rows), t)
     y = y if y.shape == moved.shape else y.reshape(moved.shape)
     return y if order == sorted(order) else y.transpose(back)
 
@@ -251,9 +268,20 @@ def cross_entropy(
     with a zero gradient (PyTorch: NaN).
     """
     where = "cross_entropy"
+    attrs: dict[str, Any] = {
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+    }
+    save = return_grad or grad_out is not None
+    known = recall(where, (logits, target, weight), attrs, save)
+    if known is not None:
+        _warn_of_probabilities(where, logits=logits)
+        gradient = _gradient_out(where, grad_out, logits)
+        return _result(*known.run((logits, target, weight), gradient))
     z = _rows_of_logits(where, "logits", logits)
     _choice(where, "reduction", reduction, ("mean", "sum", "none"))
-    attrs: dict[str, Any] = {"reduction": reduction, "label_smoothing": _smoothing(where, label_smoothing)}
+    attrs = {"reduction": reduction, "label_smoothing": _smoothing(where, label_smoothing)}
     labels, soft = _row_targets(where, target, *z.shape)
     if weight is not None:
         weight = _array(weight, where, "weight")
@@ -295,6 +323,11 @@ def kl_div(
     ShapeError : the shapes differ or there are no elements.  ArgumentError : an unknown reduction.
     """
     where = "kl_div"
+    attrs = {"reduction": reduction, "log_target": log_target}
+    save = return_grad or grad_out is not None
+    known = recall(where, (input, target), attrs, save)
+    if known is not None:
+        return _result(*known.run((input, target), _gradient_out(where, grad_out, input)))
     _choice(where, "reduction", reduction, ("batchmean", "mean", "sum", "none"))
     shape = _array(input, where, "input").shape
     if _array(target, where, "target").shape != shape:
@@ -362,6 +395,21 @@ def distillation_loss(
     Source: Hinton, Vinyals and Dean 2015, sec. 2 and 2.1.
     """
     where = "distillation_loss"
+    t = _temperature(where, temperature)
+    scalars = (t, _finite(where, "hard_weight", hard_weight), _finite(where, "soft_weight", soft_weight))
+    attrs = {
+        "reduction": reduction,
+        "scale_t2": scale_t2,
+        "log_target": log_target,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+    }
+    save = return_grad or grad_out is not None
+    inputs = (student_logits, teacher_logits, target, *scalars)
+    known = recall(where, inputs, attrs, save)
+    if known is not None:
+        _warn_of_probabilities(where, student_logits=student_logits, teacher_logits=teacher_logits)
+        return _result(*known.run(inputs, _gradient_out(where, grad_out, student_logits)))
     student, teacher = (
         _rows_of_logits(where, name, x)
         for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits))
@@ -370,8 +418,6 @@ def distillation_loss(
         expected, got = f"of the student's shape {student.shape}", f"shape {teacher.shape}"
         raise ShapeError(where, "teacher_logits", expected=expected, got=got)
     _choice(where, "reduction", reduction, ("mean", "sum", "none"))
-    scalars = [_temperature(where, temperature)]
-    scalars += [_finite(where, a, w) for a, w in (("hard_weight", hard_weight), ("soft_weight", soft_weight))]
     smoothing = _smoothing(where, label_smoothing)
     labels, soft = (None, False) if target is None else _row_targets(where, target, *student.shape)
     _warn_of_probabilities(where, student_logits=student, teacher_logits=teacher)
@@ -415,6 +461,90 @@ def _with_soft_target(
         return hard * hard_weight + soft
     soft[1][...] += hard_weight * hard[1]
     return hard_weight * hard[0] + soft[0], soft[1]
+
+
+class Projection(NamedTuple):
+    """A last layer and what goes into it: the logits hidden·weightᵀ + bias, without computing them.
+
+    `hidden` is (n, k), `weight` (c, k), `bias` (c,) or None. Also the gradients of the three, in their shapes.
+    """
+
+    hidden: Any
+    weight: Any
+    bias: Any = None
+
+
+def linear_distillation_loss(
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    teacher: Any,
+    target: Any = None,
+    *,
+    temperature: float = 4.0,
+    hard_weight: float = 0.5,
+    soft_weight: float = 0.5,
+    reduction: str = "mean",
+    scale_t2: bool = True,
+    log_target: bool = False,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    chunk_rows: int | None = None,
+    return_grad: bool = False,
+) -> Any:
+    """distillation_loss(hidden·weightᵀ + bias, teacher, target), without the logits of all rows in memory at once.
+
+    The rows are taken in chunks: their logits, the loss with its gradient, and what that adds to the gradients of
+    hidden, weight and bias. So with n rows and c classes no array of n·c numbers is made, and the time is that of the
+    three matrix products and the loss.
+
+    Parameters
+    ----------
+    hidden, weight, bias : (n, k), (c, k) and (c,) or None: the student's last layer and what goes into it.
+    teacher : (n, c) logits, or a `Projection`, whose logits are computed in chunks too. A constant. Arrays of another
+        dtype than hidden's are converted as a whole first.
+    target : (n,) class ids, or None for no hard term.
+    temperature, hard_weight, soft_weight, scale_t2, log_target, ignore_index, label_smoothing : see
+        `distillation_loss`.
+    reduction : "mean" or "sum", as in `distillation_loss`: the means are over all rows, not over those of a chunk.
+    chunk_rows : rows of a chunk; None takes as many as make 16 MiB of logits. It changes the result by rounding only.
+    return_grad : with arrays only, return (loss, gradients) with the gradients as a `Projection`.
+
+    Raises
+    ------
+    ArgumentError : a setting out of its range; a class id outside 0 … c - 1, before anything is written.
+    ShapeError : shapes do not fit, or n or c is 0.
+
+    Source: chunked losses over a large vocabulary, Hsu et al. 2024, "Liger Kernel", and Wijmans et al. 2024, "Cut your
+    losses in large-vocabulary language models".
+    """
+    where = "linear_distillation_loss"
+    scalars = [_temperature(where, temperature)]
+    scalars += [_finite(where, a, w) for a, w in (("hard_weight", hard_weight), ("soft_weight", soft_weight))]
+    _choice(where, "reduction", reduction, ("mean", "sum"))
+    if chunk_rows is not None and (not isinstance(chunk_rows, int | np.integer) or chunk_rows < 1):
+        raise ArgumentError(where, "chunk_rows", expected="a whole number from 1, or None", got=repr(chunk_rows))
+    attrs = {
+        "reduction": reduction,
+        "scale_t2": bool(scale_t2),
+        "log_target": bool(log_target),
+        "ignore_index": int(ignore_index),
+        "label_smoothing": _smoothing(where, label_smoothing),
+        "chunk_rows": None if chunk_rows is None else int(chunk_rows),
+    }
+    if isinstance(teacher, Projection):
+        teacher = (None, *teacher)
+    else:
+        _warn_of_probabilities(where, teacher=_rows_of_logits(where, "teacher", teacher))
+        teacher = (teacher, None, None, None)
+    inputs = (hidden, weight, bias, *teacher, target, *scalars)
+    if any(isinstance(x, Tensor) for x in inputs):
+        _refuse_return_grad(where, return_grad)
+        return apply(where, *inputs, **attrs)
+    (loss,), (dhidden, dweight, dbias), _ = execute(OPS[where], inputs, attrs, save=return_grad)
+    if not return_grad:
+        return loss[()]
+    return loss[()], Projection(dhidden, dweight, None if bias is None else dbias)
 
 
 # --- predictions ---

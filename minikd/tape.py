@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minikd.errors import DTypeError, ShapeError, TapeError
-from minikd.kernels import bind, execute, input_arguments
+from minikd.kernels import execute, run
 from minikd.ops import OPS, Op
 
 if TYPE_CHECKING:
@@ -46,26 +46,27 @@ class Node:
         saved: Sequence[Any],
         attrs: dict[str, Any],
     ) -> None:
-        arguments, reads = input_arguments(op, len(arrays)), op.vjp_reads
+        reads = op.reads_inputs * len(arrays) if op.variadic else op.reads_inputs
         self.op, self.attrs = op, attrs
         self.parents: Sequence[Tensor | None] | None = parents
-        self.inputs = [x if a.name in reads else None for a, x in zip(arguments, arrays, strict=True)]
-        self.saved = [x if a.name in reads else None for a, x in zip(op.saved, saved, strict=True)]
-        self.out = outs[0] if op.outs[0].name in reads else None
+        self.inputs = [x if read else None for read, x in zip(reads, arrays, strict=True)]
+        self.saved = [x if read else None for read, x in zip(op.reads_saved, saved, strict=True)]
+        self.out = outs[0] if op.reads_outs[0] else None
         self.versions = [0 if p is None else p.version for p in parents]
 
     def backward(self, dout: Any) -> Iterator[tuple[Tensor, Any]]:
         """The gradients of the inputs that need one; a leaf's first gradient is written straight into its place."""
         wanted = self.differentiated()
-        dins = [None if t is None else _gradient_buffer(t, wanted[:k]) for k, t in enumerate(wanted)]
-        bind(self.op.name + "_vjp", *dins, dout, self.out, *self.saved, *self.inputs, **self.attrs)()
+        dins: list[Any] = []
+        for t in wanted:
+            dins.append(None if t is None else _gradient_buffer(t, dins))
+        run(self.op.name + "_vjp", *dins, dout, self.out, *self.saved, *self.inputs, **self.attrs)
         return ((t, d) for t, d in zip(wanted, dins, strict=True) if t is not None)
 
     def differentiated(self) -> list[Tensor | None]:
         """The parents that take a gradient, in the order of the operation's `wrt`; None where nobody needs it."""
         assert self.parents is not None
-        arguments = input_arguments(self.op, len(self.parents))
-        parents = [p for a, p in zip(arguments, self.parents, strict=True) if a.name in self.op.wrt]
+        parents = [self.parents[k] for k in self.op.differentiated(len(self.parents))]
         return [p if p is not None and p.requires_grad else None for p in parents]
 
     def check_versions(self) -> None:
@@ -87,10 +88,12 @@ class Node:
         self.inputs, self.saved, self.out = [], [], None
 
 
-def _gradient_buffer(tensor: Tensor, before: Sequence[Tensor | None]) -> Any:
-    """A leaf's own place for its first gradient; a fresh buffer where it has none or this call already writes it."""
-    place = None if any(tensor is other for other in before) else tensor.gradient_place()
-    return np.empty(tensor.shape, tensor.dtype) if place is None else place
+def _gradient_buffer(tensor: Tensor, others: Sequence[Any]) -> Any:
+    """A leaf's own place for its first gradient; a fresh buffer where it has none or another gradient is there."""
+    place = tensor.gradient_place()
+    if place is None or any(place is other for other in others):
+        return np.empty(tensor.array.shape, tensor.array.dtype)
+    return place
 
 
 class _Tape(threading.local):
@@ -143,15 +146,16 @@ def record(name: str, inputs: Sequence[Any], make: Any, **attrs: Any) -> Tensor:
     """
     op = OPS[name]
     parents: list[Any] = [x if isinstance(x, Recordable) else None for x in inputs]
-    arguments = input_arguments(op, len(inputs))
-    differentiable = [p for a, p in zip(arguments, parents, strict=True) if a.name in op.wrt and p is not None]
-    differentiated = [p for p in differentiable if p.requires_grad]
-    tracked = _tape.recording and bool(differentiated)
-    real = differentiated[0].dtype if differentiated else None
-    for p in differentiated:
-        if p.dtype != real:
-            fix = "Create all tensors that take a gradient with one dtype."
-            raise DTypeError(name, "the inputs", expected=f"of one dtype ({real})", got=str(p.dtype), fix=fix)
+    real: Any = None
+    for k in op.differentiated(len(inputs)):
+        p = parents[k]
+        if p is not None and p.requires_grad:
+            if real is None:
+                real = p.array.dtype
+            elif p.array.dtype != real:
+                fix = "Create all tensors that take a gradient with one dtype."
+                raise DTypeError(name, "the inputs", expected=f"of one dtype ({real})", got=str(p.dtype), fix=fix)
+    tracked = _tape.recording and real is not None
     values = [x if p is None else p.array for x, p in zip(inputs, parents, strict=True)]
     outs, saved, arrays = execute(op, values, attrs, save=tracked, real=real)
     node = None
@@ -170,7 +174,7 @@ def backward(root: Node, dout: Any, retain_graph: bool) -> None:
             if tensor.node is None:
                 tensor.take_gradient(gradient)
             elif id(tensor.node) in pending:
-                bind("add_into", pending[id(tensor.node)], gradient)()
+                run("add_into", pending[id(tensor.node)], gradient)
             else:
                 pending[id(tensor.node)] = gradient
     if not retain_graph:

@@ -9,7 +9,7 @@ import numpy as np
 
 from minikd import tape
 from minikd.errors import ArgumentError, ShapeError, TapeError
-from minikd.kernels import as_real, bind
+from minikd.kernels import as_real, run
 
 Axis = int | tuple[int, ...] | None
 
@@ -190,7 +190,7 @@ class Tensor(tape.Recordable):
     def take_gradient(self, gradient: Any) -> None:
         """Keep a leaf's first gradient, or add a later one to it."""
         if self._grad is not None:
-            bind("add_into", self._grad, gradient)()
+            run("add_into", self._grad, gradient)
         else:
             if self._place is not None and gradient is not self._place:
                 self._place[...] = gradient

@@ -69,6 +69,7 @@ TOLERANCES = {
     "soft_cross_entropy": Tolerance(8, 8),
     "kl_div": Tolerance(8, 8),
     "distillation_loss": Tolerance(8, 8),
+    "linear_distillation_loss": Tolerance(8, 64),
     "sgd_step": Tolerance(4, 4),
     "adam_step": Tolerance(8, 4),
     "max_norm": Tolerance(8, 0),

@@ -10,19 +10,18 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from minikd.errors import BackendError, DTypeError, ShapeError
+from minikd.kernels import composed
+from minikd.kernels.launch import Call, Launch, Launcher, Memo, as_arrays, binding_anew, look_of
 from minikd.kernels.reference import bind_reference
 from minikd.ops import OPS, Argument, Op, Shape
 from minikd.ops.op import KINDS
 
-Call = Callable[[], None]
-Binder = Callable[..., Call]
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
@@ -30,7 +29,8 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 class Backend:
     """Where a backend's kernels are: a module with `unavailable()`, `NAMES` and `binder(name)`.
 
-    `requires` is the distribution that is looked for without importing it.
+    A module whose calls can be given other buffers also has `launcher(name)`, which takes buffers and attributes and
+    makes a `Launch`. `requires` is the distribution that is looked for without importing it.
     """
 
     module: str
@@ -72,14 +72,50 @@ def kernel_names() -> tuple[str, ...]:
     return tuple(n for op in OPS.values() for n in ([op.name, op.name + "_vjp"] if op.vjp else [op.name]))
 
 
-class _Chosen:
-    """The backend in use: the only state of this library that is not in an object of its user's."""
+class _InUse:
+    """The backend in use with what was prepared for it: the only state of this library not in an object of its user's.
 
-    name: str = ""
-    bound: dict[str, Binder]
+    It is replaced as a whole, so that a thread that is under way with the backend before adds nothing to this one.
+    """
+
+    __slots__ = ("launchers", "launches", "name", "prepared")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.launchers: dict[str, Launcher] = {}
+        self.launches = Memo()  # by kernel, attributes and the look of all its buffers
+        self.prepared = Memo()  # by operation, attributes and the look of its inputs
+
+    def launcher(self, name: str) -> Launcher:
+        """What makes the launches of this kernel: the backend, else its kernels together, else the reference."""
+        found = self.launchers.get(name)
+        if found is None:
+            module = importlib.import_module(BACKENDS[self.name].module)
+            if name in module.NAMES:
+                found = module.launcher(name) if hasattr(module, "launcher") else binding_anew(module.binder(name))
+            elif name in composed.KERNELS:
+                found = binding_anew(composed.binder(name, self.run))
+            else:
+                found = binding_anew(bind_reference(name))
+            self.launchers[name] = found
+        return found
+
+    def launch(self, name: str, buffers: Sequence[Any], attrs: dict[str, Any]) -> Launch:
+        """The launch of a kernel for buffers that look like these, which are checked if there is none yet."""
+        look = (name, *attrs.values(), *look_of(buffers))
+        launch: Launch | None = self.launches.recall(look)
+        if launch is None:
+            _approve(name, as_arrays(buffers), attrs)
+            launch = self.launcher(name)(buffers, attrs)
+            self.launches.remember(look, launch)
+        return launch
+
+    def run(self, name: str, *buffers: Any, **attrs: Any) -> None:
+        """Run a kernel once on these buffers."""
+        self.launch(name, buffers, _complete(name, attrs)).run(*buffers)
 
 
-_chosen = _Chosen()
+_in_use: list[_InUse] = []  # one, once a backend was chosen
 
 
 def use_backend(name: str) -> None:
@@ -96,7 +132,7 @@ def use_backend(name: str) -> None:
         usable = [n for n in BACKENDS if not BACKENDS[n].missing()]
         expected = f"a backend that runs here ({', '.join(usable)})"
         raise BackendError("use_backend", "name", expected=expected, got=repr(name), fix=f"Reason: {reason}.")
-    _chosen.name, _chosen.bound = name, {}
+    _in_use[:] = [_InUse(name)]
 
 
 def current_backend() -> str:
@@ -106,9 +142,13 @@ def current_backend() -> str:
     ------
     BackendError : MINIKD_BACKEND or MINIKD_CPU asks for something that is not to be had here.
     """
-    if not _chosen.name:
+    return _current().name
+
+
+def _current() -> _InUse:
+    if not _in_use:
         _choose_first()
-    return _chosen.name
+    return _in_use[0]
 
 
 def _choose_first() -> None:
@@ -134,21 +174,10 @@ def backends() -> dict[str, BackendStatus]:
     found = {}
     for name, backend in BACKENDS.items():
         reason = backend.missing()
-        fast = set() if reason else set(importlib.import_module(backend.module).NAMES)
+        fast = set() if reason else set(importlib.import_module(backend.module).NAMES) | set(composed.KERNELS)
         fallbacks = () if reason or name == "numpy" else tuple(k for k in kernel_names() if k not in fast)
         found[name] = BackendStatus(not reason, name == current, reason, fallbacks)
     return found
-
-
-def _binder(name: str) -> Binder:
-    """The chosen backend's binder of this kernel, else the reference's; looked up once."""
-    current = current_backend()
-    binder = _chosen.bound.get(name)
-    if binder is None:
-        module = importlib.import_module(BACKENDS[current].module)
-        binder = module.binder(name) if name in module.NAMES else bind_reference(name)
-        _chosen.bound[name] = binder
-    return binder
 
 
 def bind(name: str, *buffers: Any, **attrs: Any) -> Call:
@@ -165,17 +194,23 @@ def bind(name: str, *buffers: Any, **attrs: Any) -> Call:
     ------
     DTypeError, ShapeError : a buffer is not what the signature says.
     """
-    op = OPS[name.removesuffix("_vjp")]
-    full = {**op.attrs, **attrs}
-    layout = (name, *full.values(), *[None if b is None else (b.shape, b.dtype, b.flags.num) for b in buffers])
-    if not _is_known(_approved, layout):
-        _approve(op, name != op.name, buffers, full)
-        _remember(_approved, layout, True)
-    return _binder(name)(*buffers, **full)
+    return _current().launch(name, buffers, _complete(name, attrs)).bind(*buffers)
 
 
-def _approve(op: Op, backward: bool, buffers: Sequence[Any], attrs: dict[str, Any]) -> None:
+def run(name: str, *buffers: Any, **attrs: Any) -> None:
+    """Run kernel `name` once on these buffers: ``bind(…)()``, without a call that would be thrown away."""
+    _current().run(name, *buffers, **attrs)
+
+
+def _complete(name: str, attrs: dict[str, Any]) -> dict[str, Any]:
+    """All attributes of a kernel's operation, in the order of the table."""
+    return {**OPS[name.removesuffix("_vjp")].attrs, **attrs}
+
+
+def _approve(name: str, buffers: Sequence[Any], attrs: dict[str, Any]) -> None:
     """Refuse buffers that are not what the signature says."""
+    op = OPS[name.removesuffix("_vjp")]
+    backward = name != op.name
     arguments = op.arguments(backward, len(buffers))
     if len(arguments) != len(buffers):
         expected = ", ".join(a.name for a in arguments)
@@ -183,37 +218,6 @@ def _approve(op: Op, backward: bool, buffers: Sequence[Any], attrs: dict[str, An
     shapes = _check(op, arguments, buffers, written=("din",) if backward else ("out", "update", "saved"))
     op.sizes(arguments, shapes)
     op.check_worked_out(arguments, shapes, attrs)
-
-
-# Training asks the same questions at every step. What a layout (shapes, dtypes, flags, attributes) was found to be is
-# remembered; the answers depend on nothing else, so that remembering them changes no result.
-_approved: dict[Any, Any] = {}
-_inferred: dict[Any, Any] = {}
-MOST_REMEMBERED = 4096
-
-
-def _is_known(answers: dict[Any, Any], question: Any) -> bool:
-    try:
-        return question in answers
-    except TypeError:  # an attribute that is a list: it is asked anew each time
-        return False
-
-
-def _remember(answers: dict[Any, Any], question: Any, answer: Any) -> None:
-    if len(answers) >= MOST_REMEMBERED:
-        answers.clear()
-    with suppress(TypeError):
-        answers[question] = answer
-
-
-def _infer(op: Op, shapes: Sequence[Shape | None], attrs: dict[str, Any]) -> tuple[list[Shape], list[Shape]]:
-    """`op.infer`, remembered."""
-    question = (op.name, *shapes, *attrs.values())
-    if _is_known(_inferred, question):
-        return _inferred[question]
-    answer = op.infer(shapes, attrs)
-    _remember(_inferred, question, answer)
-    return answer
 
 
 def _check(op: Op, arguments: Sequence[Argument], buffers: Sequence[Any], written: Sequence[str]) -> list[Shape | None]:
@@ -307,6 +311,8 @@ def prepare(op: Op, inputs: Sequence[Any], real: np.dtype[Any] | None = None) ->
         wanted = KINDS[argument.kind] or real
         if value is None or (type(value) is np.ndarray and value.dtype == wanted and value.flags.c_contiguous):
             arrays.append(value)
+        elif type(value) is float and argument.kind == "scalar":
+            arrays.append(value)  # launches take it as it is
         elif argument.kind == "real":
             array = as_real(op.name, argument.name, value, real)
             arrays.append(array.astype(real, order="C", copy=False))
@@ -324,6 +330,51 @@ def _deciding_dtype(op: Op, arguments: Sequence[Argument], inputs: Sequence[Any]
     return as_real(op.name, real[0][0].name, real[0][1]).dtype if real else FLOATS[0]
 
 
+class Prepared:
+    """An operation for inputs of one look: what it writes, and the launch of its kernel.
+
+    Parameters
+    ----------
+    inputs : arrays as `prepare` makes them; none of them is kept.
+    save : False leaves out the saved values that are optional, and with them their work.
+    """
+
+    __slots__ = ("launch", "real", "written")
+
+    def __init__(
+        self, op: Op, inputs: Sequence[Any], attrs: dict[str, Any], save: bool, real: np.dtype[Any], used: _InUse
+    ) -> None:
+        outs, saved = op.infer([None if x is None else np.shape(x) for x in inputs], attrs)
+        kept = [s if save or not a.optional else None for a, s in zip(op.saved, saved, strict=True)]
+        declared = zip((*op.outs, *op.saved), (*outs, *kept), strict=True)
+        self.real, self.written = real, [None if s is None else (s, KINDS[a.kind] or real) for a, s in declared]
+        written = [None if w is None else np.empty(*w) for w in self.written]
+        self.launch = used.launch(op.name, (*written, *inputs), attrs)
+
+    def run(self, inputs: Sequence[Any], gradient: Any = None) -> list[Any]:
+        """The outputs and behind them the saved values; `gradient` is an array for the last, if not a fresh one."""
+        empty = np.empty
+        fresh = self.written if gradient is None else self.written[:-1]
+        written = [None if w is None else empty(*w) for w in fresh]
+        if gradient is not None:
+            written.append(gradient)
+        self.launch.run(*written, *inputs)
+        return written
+
+
+def recall(name: str, inputs: Sequence[Any], attrs: dict[str, Any], save: bool = True) -> Prepared | None:
+    """The operation as it was prepared for inputs that look exactly like these and need no conversion, if it was.
+
+    Inputs of such a look went through all checks before; what is left to check are values.
+    """
+    if type(inputs[0]) is not np.ndarray:
+        return None
+    found: Prepared | None = _current().prepared.recall(
+        (name, save, *{**OPS[name].attrs, **attrs}.values(), *look_of(inputs))
+    )
+    return found
+
+
 def execute(
     op: Op,
     inputs: Sequence[Any],
@@ -332,21 +383,26 @@ def execute(
     save: bool = True,
     gradient: Any = None,
     real: np.dtype[Any] | None = None,
-) -> tuple[list[Any], list[Any], list[Any]]:
-    """Run one operation on arrays; returns its outputs, its saved values and its inputs as they were bound.
+) -> tuple[list[Any], list[Any], Sequence[Any]]:
+    """Run one operation on arrays; returns its outputs, its saved values and its inputs as the kernel took them.
 
     Parameters
     ----------
     save : False leaves out the saved values that are optional, and with them their work.
     gradient : an array to be used as the (only) saved value instead of a fresh one.
+    real : decides between float32 and float64; without it the inputs do.
     """
-    arrays, real = prepare(op, inputs, real)
-    full = {**op.attrs, **attrs}
-    out_shapes, saved_shapes = _infer(op, [None if x is None else x.shape for x in arrays], full)
-    outs = [np.empty(shape, KINDS[a.kind] or real) for a, shape in zip(op.outs, out_shapes, strict=True)]
-    saved = [
-        None if a.optional and not save else gradient if gradient is not None else np.empty(shape, real)
-        for a, shape in zip(op.saved, saved_shapes, strict=True)
-    ]
-    bind(op.name, *outs, *saved, *arrays, **full)()
-    return outs, saved, arrays
+    prepared = recall(op.name, inputs, attrs, save)
+    if prepared is None or (real is not None and real != prepared.real):
+        inputs, real = prepare(op, inputs, real)
+        prepared = recall(op.name, inputs, attrs, save) or _learn(op, inputs, {**op.attrs, **attrs}, save, real)
+    written, outs = prepared.run(inputs, gradient), len(op.outs)
+    return written[:outs], written[outs:], inputs
+
+
+def _learn(op: Op, inputs: Sequence[Any], attrs: dict[str, Any], save: bool, real: np.dtype[Any]) -> Prepared:
+    """The operation prepared for inputs that look like these, and remembered."""
+    used = _current()
+    prepared = Prepared(op, inputs, attrs, save, real, used)
+    used.prepared.remember((op.name, save, *attrs.values(), *look_of(inputs)), prepared)
+    return prepared

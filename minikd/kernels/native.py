@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,9 +84,6 @@ def unavailable() -> str:
     return ""
 
 
-MOST_BLANKS = 1024
-
-
 class _Place(NamedTuple):
     """Where the value of a letter may be read: the extent of one axis of one buffer; axis -1 is all elements."""
 
@@ -128,17 +125,57 @@ class NativeCall:
             self.refuse(status)
 
 
-def binder(name: str, level: str = "") -> Callable[..., NativeCall]:
-    """The binder of a kernel: ``binder(name)(*buffers, **attrs)`` is a call without arguments.
+class NativeLaunch:
+    """A C kernel for buffers of one look.
 
-    `attrs` are all attributes of the operation, `level` is one of `cpu_levels()` if not the one in use. The call keeps
-    the buffers alive.
+    `blank` is its record without buffers. A run takes a record that nobody uses from `free`, or makes one, writes the
+    addresses into it and puts it back afterwards: no two threads ever use one record, and no buffer is kept.
+    """
 
-    Raises (from that call)
-    -----------------------
-    ArgumentError : a label or row number out of range, or a temperature that is not a finite number above 0;
-        nothing is written then.
-    MemoryError : there is no memory for one row.
+    __slots__ = ("arguments", "arrays", "blank", "free", "numbers", "op")
+
+    def __init__(self, op: Op, arguments: Sequence[Argument], buffers: Sequence[Any], blank: Any) -> None:
+        self.op, self.arguments, self.blank = op, arguments, blank
+        self.numbers = [k for k, b in enumerate(buffers) if type(b) is float]
+        self.arrays = [k for k, b in enumerate(buffers) if b is not None and k not in self.numbers]
+        self.free: list[tuple[Any, Any, Any]] = []
+
+    def bind(self, *buffers: Any) -> NativeCall:
+        ffi = _module.ffi
+        record = ffi.new("minikd_call *", self.blank[0])
+        pointers = [ffi.NULL if b is None else ffi.from_buffer(b) for b in buffers]
+        record.buffer = pointers
+        return NativeCall(record, pointers, partial(_refuse, self.op, self.arguments, buffers))
+
+    def run(self, *buffers: Any) -> None:
+        pointer = _module.ffi.from_buffer
+        try:
+            used = self.free.pop()
+        except IndexError:
+            used = self._fresh()
+        record, places, values = used
+        for k in self.arrays:
+            places[k] = pointer(buffers[k])
+        for i, k in enumerate(self.numbers):
+            values[i] = buffers[k]
+        status = _module.lib.minikd_run(record, 1)
+        self.free.append(used)
+        if status:
+            _refuse(self.op, self.arguments, buffers, status)
+
+    def _fresh(self) -> tuple[Any, Any, Any]:
+        """A record, its list of addresses, and the numbers that some of them point to."""
+        new = _module.ffi.new
+        record, values = new("minikd_call *", self.blank[0]), new("double[]", len(self.numbers))
+        for i, k in enumerate(self.numbers):
+            record.buffer[k] = values + i
+        return record, record.buffer, values
+
+
+def launcher(name: str, level: str = "") -> Callable[[Sequence[Any], dict[str, Any]], NativeLaunch]:
+    """What makes the launches of a kernel: ``launcher(name)(buffers, attrs)``.
+
+    `attrs` are all attributes of the operation, `level` is one of `cpu_levels()` if not the one in use.
     """
     op = OPS[name.removesuffix("_vjp")]
     arguments = op.buffers if name == op.name else op.vjp_buffers
@@ -147,28 +184,29 @@ def binder(name: str, level: str = "") -> Callable[..., NativeCall]:
     kernels = {np.dtype(f"f{8 if d else 4}"): lib.minikd_find(name.encode(), d, chosen) for d in (0, 1)}
     reals = tuple(k for k, a in enumerate(arguments) if a.kind == "real")
     letters = tuple(_places(arguments, letter) for letter in op.letters)
-    new, pointer, null = ffi.new, ffi.from_buffer, ffi.NULL
-    record_type = ffi.typeof("minikd_call *")
-    blanks: dict[
-        Any, Any
-    ] = {}  # records without buffers, by dtype, sizes and attributes: copied, they save half the time
 
-    def blank(question: Any, real: Any, sizes: Any, attrs: dict[str, Any]) -> Any:
-        if len(blanks) >= MOST_BLANKS:
-            blanks.clear()
-        blanks[question] = new(record_type, (kernels[real], [], sizes, _attributes(op, attrs)))
-        return blanks[question]
-
-    def bind(*buffers: Any, **attrs: Any) -> NativeCall:
+    def launch(buffers: Sequence[Any], attrs: dict[str, Any]) -> NativeLaunch:
         real = next(buffers[k].dtype for k in reals if buffers[k] is not None)
         sizes = [_size(buffers, places) for places in letters]
-        question = (real, *sizes, *attrs.values())
-        record = new(record_type, (blanks.get(question) or blank(question, real, sizes, attrs))[0])
-        pointers = [null if b is None else pointer(b) for b in buffers]
-        record.buffer = pointers
-        return NativeCall(record, pointers, lambda status: _refuse(op, arguments, buffers, status))
+        blank = ffi.new("minikd_call *", (kernels[real], [], sizes, _attributes(op, attrs)))
+        return NativeLaunch(op, arguments, buffers, blank)
 
-    return bind
+    return launch
+
+
+def binder(name: str, level: str = "") -> Callable[..., NativeCall]:
+    """The binder of a kernel: ``binder(name)(*buffers, **attrs)`` is a call without arguments.
+
+    `attrs` and `level` are those of `launcher`. The call keeps the buffers alive.
+
+    Raises (from that call)
+    -----------------------
+    ArgumentError : a label or row number out of range, or a temperature that is not a finite number above 0;
+        nothing is written then.
+    MemoryError : there is no memory for one row.
+    """
+    launch = launcher(name, level)
+    return lambda *buffers, **attrs: launch(buffers, attrs).bind(*buffers)
 
 
 def _attributes(op: Op, attrs: dict[str, Any]) -> dict[str, Any]:

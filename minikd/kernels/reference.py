@@ -26,12 +26,12 @@ def bind_reference(name: str) -> Callable[..., Callable[[], None]]:
     assert function is not None
 
     def binder(*buffers: Any, **attrs: Any) -> Callable[[], None]:
-        return partial(_quietly, partial(function, np, *buffers, **attrs))
+        return partial(quietly, partial(function, np, *buffers, **attrs))
 
     return binder
 
 
-def _quietly(call: Callable[[], None]) -> None:
+def quietly(call: Callable[[], None]) -> None:
     """Run a call with NumPy's warnings off: infinities and NaN are results here, as the formulas say."""
     with np.errstate(all="ignore"):
         call()

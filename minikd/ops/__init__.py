@@ -4,9 +4,20 @@
 differentiated, tested on every backend and documented, because all of these walk the table.
 """
 
-from minikd.ops import elementwise, linear, losses, predictions, random, reductions, rows, shapes, updates
+from minikd.ops import (
+    elementwise,
+    linear,
+    linear_losses,
+    losses,
+    predictions,
+    random,
+    reductions,
+    rows,
+    shapes,
+    updates,
+)
 from minikd.ops.op import OPS, Argument, Op, Shape
 
 __all__ = ["OPS", "Argument", "Op", "Shape"]
 
-_SUBJECTS = (elementwise, shapes, reductions, linear, rows, losses, predictions, random, updates)
+_SUBJECTS = (elementwise, shapes, reductions, linear, rows, losses, linear_losses, predictions, random, updates)

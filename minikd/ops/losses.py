@@ -338,7 +338,7 @@ def _distillation_example(rng: np.random.Generator, dtype: Any) -> list[Example]
     return cases
 
 
-register(
+DISTILLATION = register(
     Op(
         name="distillation_loss",
         formula=(

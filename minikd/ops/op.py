@@ -120,6 +120,9 @@ class Op:
         parsed["buffers"] = every
         parsed["variadic"] = any(a.variadic for a in every)
         parsed["letters"] = tuple(dict.fromkeys(letters))
+        parsed["wrt_places"] = tuple(k for k, a in enumerate(parsed["inputs"]) if a.name in self.wrt)
+        for role in ("inputs", "outs", "saved"):
+            parsed["reads_" + role] = tuple(a.name in self.vjp_reads for a in parsed[role])
         for name, value in parsed.items():
             object.__setattr__(self, name, value)
         unread = [a if a.name in self.vjp_reads else a._replace(optional=True) for a in every]
@@ -133,6 +136,14 @@ class Op:
     vjp_buffers: tuple[Argument, ...] = field(init=False)  # dins, douts, outs, saved, inputs: of every vjp kernel
     letters: tuple[str, ...] = field(init=False)  # the sizes a kernel is given, in order of first appearance
     variadic: bool = field(init=False)
+    wrt_places: tuple[int, ...] = field(init=False)  # where the inputs of `wrt` stand among the declared inputs
+    reads_inputs: tuple[bool, ...] = field(init=False)  # which of the declared inputs vjp looks at
+    reads_outs: tuple[bool, ...] = field(init=False)
+    reads_saved: tuple[bool, ...] = field(init=False)
+
+    def differentiated(self, count: int) -> Sequence[int]:
+        """The places of the inputs that take a gradient, where `count` inputs are given."""
+        return range(count) if self.variadic and self.wrt else self.wrt_places
 
     def _gradient_arguments(self) -> tuple[Argument, ...]:
         if self.vjp is None:

@@ -1,0 +1,131 @@
+"""Kernels made of other kernels and of matrix products: one way through them for every backend.
+
+Each is ``kernel(run, *buffers, **attrs)`` with the buffers of its operation, and `run(name, *buffers, **attrs)` runs a
+kernel of the backend in use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from minikd.errors import bad_temperature
+from minikd.kernels.reference import quietly
+from minikd.ops.losses import labelled_rows, row_scale
+
+Run = Callable[..., None]
+
+# --- linear and distillation loss, in chunks of rows ---
+
+# What one buffer of a chunk's logits may take: large enough for full speed in the matrix products.
+BYTES_OF_LOGITS = 16 * 2**20
+# Fewer rows than this make the products slow, however many classes there are.
+FEWEST_ROWS = 16
+# What the product for one block of the weight's gradient may take: it is added up while it is in the cache.
+BYTES_OF_BLOCK = 2**20
+
+
+def chunks(n: int, row_bytes: int, chunk_rows: int | None) -> Iterator[slice]:
+    """The rows 0 … n - 1 in chunks of this many rows, or of as many as the buffers allow, then of equal length."""
+    if chunk_rows is None:
+        most = max(FEWEST_ROWS, BYTES_OF_LOGITS // row_bytes)
+        chunk_rows = math.ceil(n / math.ceil(n / most))
+    return (slice(a, min(a + chunk_rows, n)) for a in range(0, n, chunk_rows))
+
+
+def _project(run: Run, out: Any, hidden: Any, weight: Any, bias: Any) -> Any:
+    """out = hidden·weightᵀ + bias"""
+    np.matmul(hidden, weight.T, out=out)
+    if bias is not None:
+        run("bias", out, out, bias)
+    return out
+
+
+def _add_product(total: Any, a: Any, b: Any) -> None:
+    """total += aᵀ·b, by blocks of rows of the total, since NumPy has no product that adds."""
+    rows = max(1, BYTES_OF_BLOCK // (total.shape[1] * total.itemsize))
+    block = np.empty((min(rows, len(total)), total.shape[1]), total.dtype)
+    for begin in range(0, len(total), rows):
+        part = total[begin : begin + rows]
+        np.matmul(a[:, begin : begin + rows].T, b, out=block[: len(part)])
+        part += block[: len(part)]
+
+
+def _linear_distillation_loss(
+    run: Run,
+    loss: Any,
+    hidden_gradient: Any,
+    weight_gradient: Any,
+    bias_gradient: Any,
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    teacher_logits: Any,
+    teacher_hidden: Any,
+    teacher_weight: Any,
+    teacher_bias: Any,
+    target: Any,
+    temperature: Any,
+    hard_weight: Any,
+    soft_weight: Any,
+    reduction: str,
+    chunk_rows: int | None,
+    ignore_index: int,
+    **attrs: Any,
+) -> None:
+    (n, _), (c, _), real = hidden.shape, weight.shape, hidden.dtype
+    # whatever may be refused is refused before anything is written
+    t, labelled = float(temperature), 0
+    if not 0 < t < math.inf:
+        raise bad_temperature("linear_distillation_loss", t)
+    if target is not None:
+        labelled = int(labelled_rows(np, "linear_distillation_loss", target, c, ignore_index).sum())
+    # a chunk's loss is the sum of its rows, each with its share in the whole: so the means are exact
+    hard = float(hard_weight) * row_scale(labelled, reduction)
+    soft = float(soft_weight) * row_scale(n, reduction)
+
+    parts = list(chunks(n, c * real.itemsize, chunk_rows))
+    most = parts[0].stop
+    wants_gradient = any(x is not None for x in (hidden_gradient, weight_gradient, bias_gradient))
+    student = np.empty((most, c), real)
+    gradient = np.empty((most, c), real) if wants_gradient else None
+    teacher = np.empty((most, c), real) if teacher_logits is None else None
+    value, total = np.empty((), real), 0.0
+    for gradients in (weight_gradient, bias_gradient):
+        if gradients is not None:
+            gradients[...] = 0
+    for rows in parts:
+        h, count = hidden[rows], rows.stop - rows.start
+        z_s = _project(run, student[:count], h, weight, bias)
+        if teacher is None:
+            z_t = teacher_logits[rows]
+        else:
+            z_t = _project(run, teacher[:count], teacher_hidden[rows], teacher_weight, teacher_bias)
+        g: Any = None if gradient is None else gradient[:count]
+        y = None if target is None else target[rows]
+        settings = {"reduction": "sum", "ignore_index": ignore_index, **attrs}
+        run("distillation_loss", value, g, z_s, z_t, y, t, hard, soft, **settings)
+        total += float(value)
+        if hidden_gradient is not None:
+            np.matmul(g, weight, out=hidden_gradient[rows])
+        if weight_gradient is not None:
+            _add_product(weight_gradient, g, h)
+        if bias_gradient is not None:
+            bias_gradient += np.sum(g, axis=0)
+    loss[...] = total
+
+
+KERNELS: dict[str, Callable[..., None]] = {"linear_distillation_loss": _linear_distillation_loss}
+
+
+def binder(name: str, run: Run) -> Callable[..., Callable[[], None]]:
+    """The binder of a composed kernel: ``binder(name, run)(*buffers, **attrs)`` is a call without arguments."""
+
+    def bind(*buffers: Any, **attrs: Any) -> Callable[[], None]:
+        return partial(quietly, partial(KERNELS[name], run, *buffers, **attrs))
+
+    return bind
