@@ -10,7 +10,11 @@
 /* 1 + the first row whose label is neither a class nor ignore_index; MINIKD_DONE if there is none. */
 static int64_t wrong_label(const int64_t *target, int64_t n, int64_t c, int64_t ignore_index)
 {
+    int64_t wrong = 0;
+    SIMD_OR(wrong)
     for (int64_t i = 0; i < n; i++)
+        wrong |= (target[i] != ignore_index) & ((target[i] < 0) | (target[i] >= c));
+    for (int64_t i = 0; wrong && i < n; i++)
         if (target[i] != ignore_index && (target[i] < 0 || target[i] >= c))
             return i + 1;
     return MINIKD_DONE;
@@ -112,6 +116,21 @@ static void subtract_label(const smoothed_label *label, real *gradient, int64_t 
     gradient[y] -= (real)(label_peak(label, y) * scale);
 }
 
+/* The same for a tile; a label of -1 is none. */
+static void subtract_labels(const smoothed_label *label, real *tile, const int64_t *y, int64_t c, double scale)
+{
+    const real base = (real)(label->base * scale), *w = label->weight;
+    for (int64_t j = 0; base != 0 && j < c; j++) {
+        const real share = w ? base * w[j] : base;
+        SIMD
+        for (int l = 0; l < LANES; l++)
+            tile[j * LANES + l] -= y[l] >= 0 ? share : 0;
+    }
+    for (int l = 0; l < LANES; l++)
+        if (y[l] >= 0)
+            tile[y[l] * LANES + l] -= (real)(label_peak(label, y[l]) * scale);
+}
+
 /* --- cross-entropy with integer labels --- */
 
 /* The loss of one row; dz = scale·(softmax(z)·Σ w·ỹ - w·ỹ), or NULL. A row whose label is -1 has neither. */
@@ -147,7 +166,7 @@ static void cross_entropy_tile(const smoothed_label *label, double *loss, real *
     load_tile(tile, z, c, count);
     maxima(top, tile, c);
     tile_weights(tile, total, tile, top, c, &s);
-    hard_losses(label, loss, factor, z, y, c, count, top, total, scale);
+    hard_losses(label, loss, factor, z, y, c, LANES, top, total, scale);
     if (!dz)
         return;
     for (int64_t j = 0; j < c; j++) {
@@ -155,17 +174,15 @@ static void cross_entropy_tile(const smoothed_label *label, double *loss, real *
         for (int l = 0; l < LANES; l++)
             tile[j * LANES + l] = factor[l] == 0 ? 0 : tile[j * LANES + l] * factor[l];
     }
+    subtract_labels(label, tile, y, c, scale);
     store_tile(dz, tile, c, count);
-    for (int64_t l = 0; l < count; l++)
-        if (y[l] >= 0)
-            subtract_label(label, dz + l * c, y[l], c, scale);
 }
 
-/* The labels of `count` rows, -1 for those that have none. */
+/* The labels of `count` rows, -1 for those that have none and for lanes without a row. */
 static void labels_or_none(int64_t *y, const int64_t *target, int64_t count, int64_t ignore_index)
 {
-    for (int64_t l = 0; l < count; l++)
-        y[l] = target && target[l] != ignore_index ? target[l] : -1;
+    for (int64_t l = 0; l < LANES; l++)
+        y[l] = target && l < count && target[l] != ignore_index ? target[l] : -1;
 }
 
 /* The losses of `count` ≤ LANES rows and their gradients, unless dz is NULL. */
@@ -613,10 +630,8 @@ static void distillation_tile(const distillation *d, double *loss, real *dz, con
     if (!dz)
         return;
     combine(p, p, q, e, c, &results, d->hard_weights);
+    subtract_labels(&d->label, p, y, c, d->hard_scale);
     store_tile(dz, p, c, count);
-    for (int64_t l = 0; l < count; l++)
-        if (y[l] >= 0)
-            subtract_label(&d->label, dz + l * c, y[l], c, d->hard_scale);
 }
 
 /* What was found out about a row in LANES parts as that of the whole row, in the first lane. */
@@ -746,8 +761,6 @@ static int64_t distillation_loss(const minikd_call *call)
         int64_t y[LANES];
         double row[LANES];
         labels_or_none(y, d.hard_weights == NO_LABELS ? NULL : target + i, count, a->ignore_index);
-        for (int64_t l = count; l < LANES; l++)
-            y[l] = -1;
         distillation_rows(&d, row, gradient ? gradient + at : NULL, z_s + at, z_t + at, y, count);
         total_loss += add_rows(a->reduction == MINIKD_NONE ? loss + i : NULL, row, count);
     }

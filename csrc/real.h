@@ -14,11 +14,11 @@
 /* In front of a loop whose rounds do not depend on each other; the arrays may be the same, but not shifted. */
 #ifdef MINIKD_SIMD
 #define SIMD _Pragma("omp simd")
-#define SIMD_SUM(...) SIMD_PRAGMA(omp simd reduction(+ : __VA_ARGS__))
+#define SIMD_OR(...) SIMD_PRAGMA(omp simd reduction(| : __VA_ARGS__))
 #define SIMD_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #else
 #define SIMD
-#define SIMD_SUM(...)
+#define SIMD_OR(...)
 #endif
 
 /* For functions that take another function and must become one with it. */
