@@ -1,6 +1,15 @@
 /* A bias and an activation in one traversal; backward, the bias gradient in the same pass. */
 
+#include "parallel.h"
 #include "rows.h"
+
+/* Nanoseconds that an element takes. */
+#define BIAS_NS (0.03 * sizeof(real))
+#define TANH_NS 0.3
+#define SIGMOID_NS 0.3
+#define GELU_NS 0.5
+#define BIAS_VJP_NS (0.05 * sizeof(real))
+#define GELU_VJP_NS 0.6
 
 /* --- the activations f(u), and their derivatives in terms of y = f(u) or of u --- */
 
@@ -124,116 +133,221 @@ INLINE real gelu_slope(real u)
 
 /* --- the loops that they share --- */
 
-/* u = x + b;  y = f(u).  y may be x. */
-INLINE int64_t forward(real (*f)(real), const minikd_call *call)
+/* u = x + b;  y = f(u) for the elements first … end - 1.  y may be x. */
+INLINE void forward(real (*f)(real), const minikd_call *call, int64_t first, int64_t end)
 {
     real *y = call->buffer[0];
     const real *x = call->buffer[1], *b = call->buffer[2];
-    const int64_t n = call->size[0], m = call->size[1];
-    for (int64_t i = 0; i < n; i++, x += m, y += m) {
+    const int64_t m = call->size[1];
+    for (int64_t at = first; at < end;) {
+        const int64_t column = at % m, count = smaller(m - column, end - at);
+        real *y_row = y + at;
+        const real *x_row = x + at, *b_row = b + column;
         SIMD
-        for (int64_t j = 0; j < m; j++)
-            y[j] = f(x[j] + b[j]);
+        for (int64_t j = 0; j < count; j++)
+            y_row[j] = f(x_row[j] + b_row[j]);
+        at += count;
     }
+}
+
+/* `ns`: nanoseconds that an element takes. */
+static int64_t run_forward(minikd_part *part, const minikd_call *call, double ns)
+{
+    const int64_t size = call->size[0] * call->size[1];
+    minikd_parallel(part, (void *)call, size, minikd_grain(size, ns, LANES));
     return MINIKD_DONE;
 }
 
-/* dx = dy·slope(v + b);  db = Σ_rows dx, in double.  v is y, with b = NULL, or x. dx and db may be NULL. */
-INLINE int64_t backward(real (*slope)(real), const minikd_call *call, const real *v, const real *b)
+/* dx = dy·slope(v + b);  db = Σ_rows dx, in double.  v is y, with b = NULL, or x. dx and db may be NULL.
+ *
+ * The work is cut into tiles, bands of rows by blocks of columns, whose sizes depend on the shape alone. The sums of
+ * each band are kept, and added up in order afterwards: so they do not depend on how many threads there are. */
+typedef struct {
+    const minikd_call *call;
+    const real *v, *b;
+    int64_t blocks, band; /* tiles in a band, rows of a band */
+    double *sums;         /* (bands, m); NULL if there is one band only */
+} backward_work;
+
+INLINE void backward_tile(real (*slope)(real), const backward_work *work, int64_t tile)
 {
-    real *dx = call->buffer[0], *db = call->buffer[1];
-    const real *dy = call->buffer[2];
-    const int64_t n = call->size[0], m = call->size[1];
-    for (int64_t first = 0; first < m; first += BLOCK) {
-        const int64_t count = block_size(m - first);
-        double total[BLOCK];
-        real unused[BLOCK];
-        for (int64_t j = 0; j < count; j++)
-            total[j] = 0;
-        for (int64_t at = first; at < n * m; at += m) {
-            real *du = dx ? dx + at : unused;
-            const real *dy_row = dy + at, *v_row = v + at, *b_row = b ? b + first : NULL;
-            if (b) {
-                SIMD
-                for (int64_t j = 0; j < count; j++)
-                    du[j] = dy_row[j] * slope(v_row[j] + b_row[j]);
-            } else {
-                SIMD
-                for (int64_t j = 0; j < count; j++)
-                    du[j] = dy_row[j] * slope(v_row[j]);
-            }
-            if (db) {
-                SIMD
-                for (int64_t j = 0; j < count; j++)
-                    total[j] += du[j];
-            }
+    real *dx = work->call->buffer[0], *db = work->call->buffer[1];
+    const real *dy = work->call->buffer[2], *v = work->v;
+    const int64_t n = work->call->size[0], m = work->call->size[1];
+    const int64_t band = tile / work->blocks, first = tile % work->blocks * BLOCK, count = block_size(m - first);
+    const int64_t top = band * work->band, bottom = smaller(top + work->band, n);
+    const real *b = work->b ? work->b + first : NULL;
+    double total[BLOCK];
+    real unused[BLOCK];
+    for (int64_t j = 0; j < count; j++)
+        total[j] = 0;
+    for (int64_t at = top * m + first; at < bottom * m; at += m) {
+        real *du = dx ? dx + at : unused;
+        const real *dy_row = dy + at, *v_row = v + at;
+        if (b) {
+            SIMD
+            for (int64_t j = 0; j < count; j++)
+                du[j] = dy_row[j] * slope(v_row[j] + b[j]);
+        } else {
+            SIMD
+            for (int64_t j = 0; j < count; j++)
+                du[j] = dy_row[j] * slope(v_row[j]);
         }
         if (db) {
+            SIMD
             for (int64_t j = 0; j < count; j++)
-                db[first + j] = (real)total[j];
+                total[j] += du[j];
         }
     }
+    if (work->sums)
+        memcpy(work->sums + band * m + first, total, (size_t)count * sizeof(double));
+    else if (db)
+        for (int64_t j = 0; j < count; j++)
+            db[first + j] = (real)total[j];
+}
+
+/* db = Σ sums, over the bands in order; the sums of the first are used up. */
+static void add_bands(real *db, double *sums, int64_t bands, int64_t m)
+{
+    for (int64_t k = 1; k < bands; k++) {
+        SIMD
+        for (int64_t j = 0; j < m; j++)
+            sums[j] += sums[k * m + j];
+    }
+    for (int64_t j = 0; j < m; j++)
+        db[j] = (real)sums[j];
+}
+
+static int64_t run_backward(minikd_part *part, const minikd_call *call, double ns, const real *v, const real *b)
+{
+    const int64_t n = call->size[0], m = call->size[1], width = smaller(m, BLOCK);
+    backward_work work = {call, v, b, (m + BLOCK - 1) / BLOCK, minikd_grain(n, ns * (double)width, 1), NULL};
+    const int64_t bands = n > work.band ? (n + work.band - 1) / work.band : 1, tiles = bands * work.blocks;
+    if (call->buffer[1] && bands > 1) {
+        work.sums = malloc((size_t)(bands * m) * sizeof(double));
+        if (!work.sums)
+            return MINIKD_NO_MEMORY;
+    }
+    minikd_parallel(part, &work, tiles, minikd_grain(tiles, ns * (double)(smaller(work.band, n) * width), 1));
+    if (work.sums)
+        add_bands(call->buffer[1], work.sums, bands, m);
+    free(work.sums);
     return MINIKD_DONE;
 }
 
 /* --- the kernels --- */
 
+static void bias_part(void *shared, int64_t first, int64_t end)
+{
+    forward(identity, shared, first, end);
+}
+
 /* u = x + b;  y = u */
 static int64_t bias(const minikd_call *call)
 {
-    return forward(identity, call);
+    return run_forward(bias_part, call, BIAS_NS);
+}
+
+static void bias_vjp_part(void *shared, int64_t first, int64_t end)
+{
+    for (int64_t tile = first; tile < end; tile++)
+        backward_tile(one, shared, tile);
 }
 
 /* dx = dy;  db = Σ_rows dx */
 static int64_t bias_vjp(const minikd_call *call)
 {
-    return backward(one, call, call->buffer[2], NULL);
+    return run_backward(bias_vjp_part, call, BIAS_VJP_NS, call->buffer[2], NULL);
+}
+
+static void bias_relu_part(void *shared, int64_t first, int64_t end)
+{
+    forward(relu, shared, first, end);
 }
 
 /* u = x + b;  y = max(u, 0) */
 static int64_t bias_relu(const minikd_call *call)
 {
-    return forward(relu, call);
+    return run_forward(bias_relu_part, call, BIAS_NS);
+}
+
+static void bias_relu_vjp_part(void *shared, int64_t first, int64_t end)
+{
+    for (int64_t tile = first; tile < end; tile++)
+        backward_tile(relu_slope, shared, tile);
 }
 
 /* dx = dy·[y > 0];  db = Σ_rows dx */
 static int64_t bias_relu_vjp(const minikd_call *call)
 {
-    return backward(relu_slope, call, call->buffer[3], NULL);
+    return run_backward(bias_relu_vjp_part, call, BIAS_VJP_NS, call->buffer[3], NULL);
+}
+
+static void bias_tanh_part(void *shared, int64_t first, int64_t end)
+{
+    forward(tanh_of, shared, first, end);
 }
 
 /* u = x + b;  y = tanh u */
 static int64_t bias_tanh(const minikd_call *call)
 {
-    return forward(tanh_of, call);
+    return run_forward(bias_tanh_part, call, TANH_NS);
+}
+
+static void bias_tanh_vjp_part(void *shared, int64_t first, int64_t end)
+{
+    for (int64_t tile = first; tile < end; tile++)
+        backward_tile(tanh_slope, shared, tile);
 }
 
 /* dx = dy·(1 - y²);  db = Σ_rows dx */
 static int64_t bias_tanh_vjp(const minikd_call *call)
 {
-    return backward(tanh_slope, call, call->buffer[3], NULL);
+    return run_backward(bias_tanh_vjp_part, call, BIAS_VJP_NS, call->buffer[3], NULL);
+}
+
+static void bias_sigmoid_part(void *shared, int64_t first, int64_t end)
+{
+    forward(sigmoid, shared, first, end);
 }
 
 /* u = x + b;  y = 1 / (1 + exp(-u)) */
 static int64_t bias_sigmoid(const minikd_call *call)
 {
-    return forward(sigmoid, call);
+    return run_forward(bias_sigmoid_part, call, SIGMOID_NS);
+}
+
+static void bias_sigmoid_vjp_part(void *shared, int64_t first, int64_t end)
+{
+    for (int64_t tile = first; tile < end; tile++)
+        backward_tile(sigmoid_slope, shared, tile);
 }
 
 /* dx = dy·y·(1 - y);  db = Σ_rows dx */
 static int64_t bias_sigmoid_vjp(const minikd_call *call)
 {
-    return backward(sigmoid_slope, call, call->buffer[3], NULL);
+    return run_backward(bias_sigmoid_vjp_part, call, BIAS_VJP_NS, call->buffer[3], NULL);
+}
+
+static void bias_gelu_part(void *shared, int64_t first, int64_t end)
+{
+    forward(gelu, shared, first, end);
 }
 
 /* u = x + b;  y = u·Φ(u) */
 static int64_t bias_gelu(const minikd_call *call)
 {
-    return forward(gelu, call);
+    return run_forward(bias_gelu_part, call, GELU_NS);
+}
+
+static void bias_gelu_vjp_part(void *shared, int64_t first, int64_t end)
+{
+    for (int64_t tile = first; tile < end; tile++)
+        backward_tile(gelu_slope, shared, tile);
 }
 
 /* dx = dy·(Φ(u) + u·φ(u));  db = Σ_rows dx */
 static int64_t bias_gelu_vjp(const minikd_call *call)
 {
-    return backward(gelu_slope, call, call->buffer[4], call->buffer[5]);
+    return run_backward(bias_gelu_vjp_part, call, GELU_VJP_NS, call->buffer[4], call->buffer[5]);
 }
