@@ -3,8 +3,9 @@
 #include "parallel.h"
 #include "rows.h"
 
-#define SGD_NS (0.05 * sizeof(real)) /* of a parameter */
-#define ADAM_NS (0.1 * sizeof(real))
+/* Nanoseconds that a parameter takes: measured for float with AVX-512 in the nearer caches. */
+#define SGD_NS (0.13 / 4 * sizeof(real))
+#define ADAM_NS (0.31 / 4 * sizeof(real))
 
 static void sgd_part(void *shared, int64_t first, int64_t end)
 {
