@@ -92,6 +92,7 @@ class BuildKernels(build_ext):
                 )
         ext.sources = [str(generated), *ext.sources]
         ext.define_macros += [(f"MINIKD_{level.upper()}", None) for level in usable if level != "base"]
+        ext.extra_link_args += ["-pthread"] if unix else []  # a no-op where the C library holds them itself
         ext.extra_compile_args = [o for o in options if o not in ("-Wextra", *SIMD, *NO_PEELING)]
         super().build_extension(ext)
 
@@ -120,7 +121,7 @@ def explanation(error: BaseException) -> str:
 
 native = Extension(
     "minikd._native",
-    sources=[str(CSRC / "dispatch.c")],
+    sources=[str(CSRC / "dispatch.c"), str(CSRC / "parallel.c")],
     include_dirs=[str(CSRC)],
     depends=[str(path) for path in sorted(CSRC.glob("*.[ch]"))],
     py_limited_api=LIMITED_API,

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* What a kernel returns. Any status above 0 is 1 + the first row (or place) whose label (or row number) is out of
- * range. A kernel that returns anything but MINIKD_DONE has written nothing. */
+ * range. A kernel that returns any but MINIKD_DONE and MINIKD_NO_MEMORY has written nothing. */
 enum minikd_status {
     MINIKD_DONE = 0,
     MINIKD_BAD_TEMPERATURE = -1,
@@ -67,6 +67,11 @@ const char *minikd_name(int64_t k);
 /* The levels of instructions that this processor runs and that were compiled, k = 0, 1, …, slowest first; NULL
  * behind the last. There is always "base"; on x86-64 there may be "v3" (AVX2, FMA) and "v4" (AVX-512). */
 const char *minikd_level(int64_t k);
+
+/* How many threads a call may use where that pays, the calling one among them; 1 before it is set. No result depends
+ * on it. A number out of range is taken as the nearest that is not; where threads cannot be had it stays 1. */
+void minikd_set_threads(int64_t n);
+int64_t minikd_threads(void);
 
 /* The kernel of this name for double or float, compiled for this level; NULL if there is none. */
 minikd_kernel *minikd_find(const char *name, int is_double, const char *level);

@@ -195,84 +195,133 @@ static void cross_entropy_rows(const smoothed_label *label, double *loss, real *
         cross_entropy_row(label, loss + l, dz ? dz + l * c : NULL, z + l * c, y[l], c, scale);
 }
 
+/* What the rows of one call have in common, and the sum of the losses of each range of rows. */
+typedef struct {
+    const minikd_call *call;
+    smoothed_label label;
+    double scale, partial[MINIKD_RANGES];
+    int64_t grain;
+} cross_entropy_job;
+
+static void cross_entropy_part(void *shared, int64_t first, int64_t end)
+{
+    cross_entropy_job *job = shared;
+    const minikd_call *call = job->call;
+    real *loss = call->buffer[0], *gradient = call->buffer[1];
+    const real *z = call->buffer[2];
+    const int64_t *target = call->buffer[3], c = call->size[1];
+    double total = 0;
+    for (int64_t i = first; i < end; i += LANES) {
+        const int64_t count = smaller(end - i, LANES);
+        int64_t y[LANES];
+        double row[LANES];
+        labels_or_none(y, target + i, count, call->attribute.ignore_index);
+        cross_entropy_rows(&job->label, row, gradient ? gradient + i * c : NULL, z + i * c, y, c, count, job->scale);
+        total += add_rows(call->attribute.reduction == MINIKD_NONE ? loss + i : NULL, row, count);
+    }
+    job->partial[first / job->grain] = total;
+}
+
 /* loss = -Σ_c w_c·ỹ_c·log softmax(z)_c;  dz = softmax(z)·Σ w·ỹ - w·ỹ;  ỹ = (1-e)·onehot(y) + e/C */
 static int64_t cross_entropy(const minikd_call *call)
 {
-    real *loss = call->buffer[0], *gradient = call->buffer[1];
-    const real *z = call->buffer[2], *w = call->buffer[4];
+    const real *w = call->buffer[4];
     const int64_t *target = call->buffer[3];
     const minikd_attributes *a = &call->attribute;
     const int64_t n = call->size[0], c = call->size[1];
     const int64_t wrong = wrong_label(target, n, c, a->ignore_index);
     if (wrong)
         return wrong;
-    const smoothed_label label = smoothed(a->label_smoothing, w, c);
-    double divisor = 0, total_loss = 0;
+    double divisor = 0;
     for (int64_t i = 0; i < n; i++)
         if (target[i] != a->ignore_index)
             divisor += w ? w[target[i]] : 1;
-    const double scale = row_scale(divisor, a->reduction);
 
-    for (int64_t i = 0; i < n; i += LANES) {
-        const int64_t count = smaller(n - i, LANES);
-        int64_t y[LANES];
-        double row[LANES];
-        labels_or_none(y, target + i, count, a->ignore_index);
-        cross_entropy_rows(&label, row, gradient ? gradient + i * c : NULL, z + i * c, y, c, count, scale);
-        total_loss += add_rows(a->reduction == MINIKD_NONE ? loss + i : NULL, row, count);
-    }
+    cross_entropy_job job;
+    job.call = call;
+    job.label = smoothed(a->label_smoothing, w, c);
+    job.scale = row_scale(divisor, a->reduction);
+    job.grain = rows_of_range(n, c, 12, 0.5);
+    minikd_parallel(cross_entropy_part, &job, n, job.grain);
     if (a->reduction != MINIKD_NONE)
-        *loss = (real)total_loss;
+        *(real *)call->buffer[0] = (real)in_order(job.partial, n, job.grain);
     return MINIKD_DONE;
 }
 
 /* --- cross-entropy with class probabilities --- */
 
-/* loss = -Σ_c w_c·ỹ_c·log softmax(z)_c;  dz = softmax(z)·Σ w·ỹ - w·ỹ;  ỹ = (1-e)·y + e/C */
-static int64_t soft_cross_entropy(const minikd_call *call)
-{
-    real *loss = call->buffer[0], *gradient = call->buffer[1];
-    const real *z = call->buffer[2], *target = call->buffer[3], *w = call->buffer[4];
-    const minikd_attributes *a = &call->attribute;
-    const int64_t n = call->size[0], c = call->size[1];
-    const real peak = (real)(1 - a->label_smoothing), base = (real)(a->label_smoothing / (double)c);
-    const double scale = row_scale((double)n, a->reduction);
-    const softening s = softened(1);
-    real y[BLOCK], term[BLOCK];
-    double total_loss = 0;
+/* What the rows of one call have in common, and the sum of the losses of each range of rows. */
+typedef struct {
+    const minikd_call *call;
+    real peak, base; /* 1 - e and e/C */
+    double scale, partial[MINIKD_RANGES];
+    int64_t grain;
+} soft_cross_entropy_job;
 
-    for (int64_t i = 0; i < n; i++, z += c, target += c) {
-        real *dz = gradient ? gradient + i * c : NULL;
+/* The loss of one row, given log Σ exp(z - top) in two forms, and Σ w·ỹ. */
+static double soft_cross_entropy_row(const soft_cross_entropy_job *job, const real *z, const real *target, real top,
+                                     double log_total, double *sum_y)
+{
+    const int64_t c = job->call->size[1];
+    const real *w = job->call->buffer[4], log_sum = (real)log_total;
+    real y[BLOCK], term[BLOCK];
+    double row = log_total == log_total ? 0 : log_total; /* NaN stays, whatever the targets */
+    for (int64_t first = 0; first < c; first += BLOCK) {
+        const int64_t count = block_size(c - first);
+        const real *given = target + first, *logit = z + first, *weight = w ? w + first : NULL;
+        SIMD
+        for (int64_t j = 0; j < count; j++) {
+            const real yj = (job->peak * given[j] + job->base) * (weight ? weight[j] : 1);
+            const real minus_log_p = log_sum - (logit[j] - top);
+            y[j] = yj;
+            term[j] = yj == 0 ? 0 : yj * minus_log_p;
+        }
+        row += sum(term, count);
+        *sum_y += sum(y, count);
+    }
+    return row;
+}
+
+static void soft_cross_entropy_part(void *shared, int64_t first, int64_t end)
+{
+    soft_cross_entropy_job *job = shared;
+    const minikd_call *call = job->call;
+    const real *w = call->buffer[4], peak = job->peak, base = job->base, scale = (real)job->scale;
+    const int64_t c = call->size[1];
+    const softening s = softened(1);
+    double total_loss = 0;
+    for (int64_t i = first; i < end; i++) {
+        real *loss = call->buffer[0], *dz = call->buffer[1] ? (real *)call->buffer[1] + i * c : NULL;
+        const real *z = (const real *)call->buffer[2] + i * c, *target = (const real *)call->buffer[3] + i * c;
         const real top = maximum(z, c);
         const double total = dz ? weights(dz, z, c, &s, top, c) : total_weight(z, c, &s, top);
-        const double log_total = logarithm(total);
-        const real log_sum = (real)log_total;
-        double row = log_total == log_total ? 0 : log_total, sum_y = 0;
-        for (int64_t first = 0; first < c; first += BLOCK) {
-            const int64_t count = block_size(c - first);
-            const real *given = target + first, *logit = z + first, *weight = w ? w + first : NULL;
-            SIMD
-            for (int64_t j = 0; j < count; j++) {
-                const real yj = (peak * given[j] + base) * (weight ? weight[j] : 1);
-                const real minus_log_p = log_sum - (logit[j] - top);
-                y[j] = yj;
-                term[j] = yj == 0 ? 0 : yj * minus_log_p;
-            }
-            row += sum(term, count);
-            sum_y += sum(y, count);
-        }
-        if (dz) {
-            const real factor = (real)(sum_y / total * scale), real_scale = (real)scale;
-            SIMD
-            for (int64_t j = 0; j < c; j++)
-                dz[j] = dz[j] * factor - (peak * target[j] + base) * (w ? w[j] : 1) * real_scale;
-        }
-        if (a->reduction == MINIKD_NONE)
+        double sum_y = 0;
+        const double row = soft_cross_entropy_row(job, z, target, top, logarithm(total), &sum_y);
+        const real factor = (real)(sum_y / total * job->scale);
+        SIMD
+        for (int64_t j = 0; j < (dz ? c : 0); j++)
+            dz[j] = dz[j] * factor - (peak * target[j] + base) * (w ? w[j] : 1) * scale;
+        if (call->attribute.reduction == MINIKD_NONE)
             loss[i] = (real)row;
         total_loss += row;
     }
+    job->partial[first / job->grain] = total_loss;
+}
+
+/* loss = -Σ_c w_c·ỹ_c·log softmax(z)_c;  dz = softmax(z)·Σ w·ỹ - w·ỹ;  ỹ = (1-e)·y + e/C */
+static int64_t soft_cross_entropy(const minikd_call *call)
+{
+    const minikd_attributes *a = &call->attribute;
+    const int64_t n = call->size[0], c = call->size[1];
+    soft_cross_entropy_job job;
+    job.call = call;
+    job.peak = (real)(1 - a->label_smoothing);
+    job.base = (real)(a->label_smoothing / (double)c);
+    job.scale = row_scale((double)n, a->reduction);
+    job.grain = rows_of_range(n, c, 100, 0.8);
+    minikd_parallel(soft_cross_entropy_part, &job, n, job.grain);
     if (a->reduction != MINIKD_NONE)
-        *loss = reduced(total_loss, (double)n, a->reduction);
+        *(real *)call->buffer[0] = reduced(in_order(job.partial, n, job.grain), (double)n, a->reduction);
     return MINIKD_DONE;
 }
 
@@ -305,26 +354,44 @@ static void kl_terms(real *term, real *dinput, const real *input, const real *ta
     }
 }
 
+/* What the elements of one call have in common, and the sum of the terms of each range of elements. */
+typedef struct {
+    const minikd_call *call;
+    real scale;
+    double partial[MINIKD_RANGES];
+    int64_t grain;
+} kl_div_job;
+
+static void kl_div_part(void *shared, int64_t from, int64_t end)
+{
+    kl_div_job *job = shared;
+    const minikd_call *call = job->call;
+    real *loss = call->buffer[0], *gradient = call->buffer[1], unused[BLOCK];
+    const real *input = call->buffer[2], *target = call->buffer[3];
+    double total = 0;
+    for (int64_t first = from; first < end; first += BLOCK) {
+        const int64_t count = block_size(end - first);
+        real *term = call->attribute.reduction == MINIKD_NONE ? loss + first : unused;
+        kl_terms(term, gradient ? gradient + first : NULL, input + first, target + first, count, job->scale,
+                 call->attribute.log_target);
+        total += sum(term, count);
+    }
+    job->partial[from / job->grain] = total;
+}
+
 /* loss = Σ q·(log q - input), 0 where q = 0;  dinput = -q */
 static int64_t kl_div(const minikd_call *call)
 {
-    real *loss = call->buffer[0], *gradient = call->buffer[1];
-    const real *input = call->buffer[2], *target = call->buffer[3];
-    const minikd_attributes *a = &call->attribute;
-    const int64_t n = call->size[0], c = call->size[1];
-    const double divisor = (double)(a->reduction == MINIKD_MEAN ? n * c : n);
-    const real scale = (real)row_scale(divisor, a->reduction);
-    real unused[BLOCK];
-    double total_loss = 0;
-    for (int64_t first = 0; first < n * c; first += BLOCK) {
-        const int64_t count = block_size(n * c - first);
-        real *term = a->reduction == MINIKD_NONE ? loss + first : unused;
-        kl_terms(term, gradient ? gradient + first : NULL, input + first, target + first, count, scale,
-                 a->log_target);
-        total_loss += sum(term, count);
-    }
-    if (a->reduction != MINIKD_NONE)
-        *loss = reduced(total_loss, divisor, a->reduction);
+    const enum minikd_reduction reduction = call->attribute.reduction;
+    const int64_t n = call->size[0], size = n * call->size[1];
+    const double divisor = (double)(reduction == MINIKD_MEAN ? size : n);
+    kl_div_job job;
+    job.call = call;
+    job.scale = (real)row_scale(divisor, reduction);
+    job.grain = minikd_grain(size, 1, BLOCK);
+    minikd_parallel(kl_div_part, &job, size, job.grain);
+    if (reduction != MINIKD_NONE)
+        *(real *)call->buffer[0] = reduced(in_order(job.partial, size, job.grain), divisor, reduction);
     return MINIKD_DONE;
 }
 
@@ -363,8 +430,12 @@ typedef struct {
     enum hard_weights hard_weights;
     smoothed_label label;
     int past_caches; /* whether the gradient is too large for them */
-    real *p, *q, *e; /* memory for one wide row each, in whole steps */
 } distillation;
+
+/* Memory for one wide row each, in whole steps. */
+typedef struct {
+    real *p, *q, *e;
+} row_memory;
 
 /* What is found out about LANES rows, or about one wide row in LANES parts: the largest scores, and over the weights
  * at T of student and teacher Σ p, Σ q, Σ q·((z_t - top_t) - (z_s - top_s)·ratio) with ratio = T_t/T_s, and the sum Σ e
@@ -644,8 +715,8 @@ static void gather_sums(row_sums *sums)
 }
 
 /* KL(q ‖ p) of a wide row whose soft labels nearly agree. */
-static double near_kl(const distillation *d, const row_sums *sums, const row_results *results, const real *z_s,
-                      const real *z_t, const real *rest_s, const real *rest_t)
+static double near_kl(const distillation *d, const row_sums *sums, const row_results *results, const row_memory *row,
+                      const real *z_s, const real *z_t, const real *rest_s, const real *rest_t)
 {
     const int64_t steps = d->c / LANES, whole = steps * LANES;
     double kl[LANES] = {0};
@@ -655,18 +726,19 @@ static double near_kl(const distillation *d, const row_sums *sums, const row_res
     fill(near.per_q, LANES, near.per_q[0]);
     fill(near.shift, LANES, near.shift[0]);
     fill(near.shift_rest, LANES, near.shift_rest[0]);
-    add_near(kl, &near, sums, d->p, d->q, z_s, z_t, steps);
+    add_near(kl, &near, sums, row->p, row->q, z_s, z_t, steps);
     if (whole < d->c)
-        add_near(kl, &near, sums, d->p + whole, d->q + whole, rest_s, rest_t, 1);
+        add_near(kl, &near, sums, row->p + whole, row->q + whole, rest_s, rest_t, 1);
     const double total = across(kl);
     return total < 0 ? 0 : total;
 }
 
 /* The loss of one wide row, whose label is y (-1 for none); dz is its gradient, or NULL. */
-static void distillation_row(const distillation *d, double *loss, real *dz, const real *z_s, const real *z_t, int64_t y)
+static void distillation_row(const distillation *d, const row_memory *row, double *loss, real *dz, const real *z_s,
+                             const real *z_t, int64_t y)
 {
     const int64_t c = d->c, steps = c / LANES, whole = steps * LANES;
-    real *p = d->p, *q = d->q, *e = d->e, rest_s[LANES] ALIGNED, rest_t[LANES] ALIGNED;
+    real *p = row->p, *q = row->q, *e = row->e, rest_s[LANES] ALIGNED, rest_t[LANES] ALIGNED;
     row_sums sums = {{0}, {0}, {0}, {0}, {0}, {0}};
     row_results results;
     fill(sums.top_s, LANES, maximum(z_s, c));
@@ -679,7 +751,7 @@ static void distillation_row(const distillation *d, double *loss, real *dz, cons
     }
     gather_sums(&sums);
     if (results_of(&results, loss, &sums, d, z_s, &y, 1))
-        results.kl[0] = near_kl(d, &sums, &results, z_s, z_t, rest_s, rest_t);
+        results.kl[0] = near_kl(d, &sums, &results, row, z_s, z_t, rest_s, rest_t);
     *loss += d->soft_scale * results.kl[0];
     if (!dz)
         return;
@@ -698,8 +770,8 @@ static void distillation_row(const distillation *d, double *loss, real *dz, cons
 }
 
 /* The losses of `count` ≤ LANES rows and their gradients, unless dz is NULL. */
-static void distillation_rows(const distillation *d, double *loss, real *dz, const real *z_s, const real *z_t,
-                              const int64_t *y, int64_t count)
+static void distillation_rows(const distillation *d, const row_memory *memory, double *loss, real *dz, const real *z_s,
+                              const real *z_t, const int64_t *y, int64_t count)
 {
     const int64_t c = d->c;
     if (d->soft_scale == 0)
@@ -708,15 +780,52 @@ static void distillation_rows(const distillation *d, double *loss, real *dz, con
         distillation_tile(d, loss, dz, z_s, z_t, y, count);
     else
         for (int64_t l = 0; l < count; l++)
-            distillation_row(d, loss + l, dz ? dz + l * c : NULL, z_s + l * c, z_t + l * c, y[l]);
+            distillation_row(d, memory, loss + l, dz ? dz + l * c : NULL, z_s + l * c, z_t + l * c, y[l]);
+}
+
+/* The call, what its rows have in common, and the sum of the losses of each range of rows. */
+typedef struct {
+    const minikd_call *call;
+    distillation d;
+    double partial[MINIKD_RANGES];
+    int64_t grain;
+    int no_memory;
+} distillation_job;
+
+static void distillation_part(void *shared, int64_t first, int64_t end)
+{
+    distillation_job *job = shared;
+    const minikd_call *call = job->call;
+    const distillation *d = &job->d;
+    real *loss = call->buffer[0], *gradient = call->buffer[1];
+    const real *z_s = call->buffer[2], *z_t = call->buffer[3];
+    const int64_t *target = d->hard_weights == NO_LABELS ? NULL : call->buffer[4];
+    const int64_t c = d->c, padded = (c + LANES - 1) / LANES * LANES;
+    real here[3 * STACK_ROW] ALIGNED;
+    real *memory = c <= NARROW ? here : scratch(here, 3 * STACK_ROW, 3 * padded);
+    if (!memory) {
+        job->no_memory = 1;
+        return;
+    }
+    const row_memory row = {memory, memory + padded, memory + 2 * padded};
+    double total = 0;
+    for (int64_t i = first; i < end; i += LANES) {
+        const int64_t count = smaller(end - i, LANES), at = i * c;
+        int64_t y[LANES];
+        double losses[LANES];
+        labels_or_none(y, target ? target + i : NULL, count, call->attribute.ignore_index);
+        distillation_rows(d, &row, losses, gradient ? gradient + at : NULL, z_s + at, z_t + at, y, count);
+        total += add_rows(call->attribute.reduction == MINIKD_NONE ? loss + i : NULL, losses, count);
+    }
+    job->partial[first / job->grain] = total;
+    release(memory, here);
+    settled();
 }
 
 /* loss = hard·CE(y, z_s) + soft·T²·KL(q ‖ p);  dz_s = hard·(softmax(z_s) - ỹ) + soft·T·(p - q);
  * p = softmax(z_s/T), q = softmax(z_t/T), or softmax(z_t) with log_target */
 static int64_t distillation_loss(const minikd_call *call)
 {
-    real *loss = call->buffer[0], *gradient = call->buffer[1];
-    const real *z_s = call->buffer[2], *z_t = call->buffer[3];
     const int64_t *target = call->buffer[4];
     const double temperature = *(const double *)call->buffer[5];
     const double hard = *(const double *)call->buffer[6], soft = *(const double *)call->buffer[7];
@@ -734,58 +843,53 @@ static int64_t distillation_loss(const minikd_call *call)
         labelled += target[i] != a->ignore_index;
     const double t = temperature < LARGEST_TEMPERATURE ? temperature : LARGEST_TEMPERATURE;
     const double per_soft = soft * row_scale((double)n, a->reduction);
-    const int64_t padded = (c + LANES - 1) / LANES * LANES;
-    real here[3 * STACK_ROW] ALIGNED;
-    distillation d;
-    d.c = c;
-    d.hard_scale = hard * row_scale((double)labelled, a->reduction);
-    d.soft_scale = per_soft * (a->scale_t2 ? t * t : 1);
-    d.inverse_s = inverse_temperature(t);
-    d.inverse_t = a->log_target ? 1 : d.inverse_s;
-    d.soft_factor = per_soft * (a->scale_t2 ? t : d.inverse_s);
-    d.student = softened(d.inverse_s);
-    d.teacher = softened(d.inverse_t);
-    d.hard = softened(1);
-    d.hard_weights = hard_weights_of(labelled && d.hard_scale != 0, t);
-    d.label = smoothed(a->label_smoothing, NULL, c);
-    d.past_caches = too_large_for_caches(n * c);
-    d.p = scratch(here, 3 * STACK_ROW, 3 * padded);
-    if (!d.p)
+    distillation_job job;
+    distillation *d = &job.d;
+    d->c = c;
+    d->hard_scale = hard * row_scale((double)labelled, a->reduction);
+    d->soft_scale = per_soft * (a->scale_t2 ? t * t : 1);
+    d->inverse_s = inverse_temperature(t);
+    d->inverse_t = a->log_target ? 1 : d->inverse_s;
+    d->soft_factor = per_soft * (a->scale_t2 ? t : d->inverse_s);
+    d->student = softened(d->inverse_s);
+    d->teacher = softened(d->inverse_t);
+    d->hard = softened(1);
+    d->hard_weights = hard_weights_of(labelled && d->hard_scale != 0, t);
+    d->label = smoothed(a->label_smoothing, NULL, c);
+    d->past_caches = too_large_for_caches(n * c);
+    job.call = call;
+    job.no_memory = 0;
+    job.grain = rows_of_range(n, c, 20, 0.9);
+    minikd_parallel(distillation_part, &job, n, job.grain);
+    if (job.no_memory)
         return MINIKD_NO_MEMORY;
-    d.q = d.p + padded;
-    d.e = d.q + padded;
-
-    double total_loss = 0;
-    for (int64_t i = 0; i < n; i += LANES) {
-        const int64_t count = smaller(n - i, LANES), at = i * c;
-        int64_t y[LANES];
-        double row[LANES];
-        labels_or_none(y, d.hard_weights == NO_LABELS ? NULL : target + i, count, a->ignore_index);
-        distillation_rows(&d, row, gradient ? gradient + at : NULL, z_s + at, z_t + at, y, count);
-        total_loss += add_rows(a->reduction == MINIKD_NONE ? loss + i : NULL, row, count);
-    }
     if (a->reduction != MINIKD_NONE)
-        *loss = (real)total_loss;
-    release(d.p, here);
-    settled();
+        *(real *)call->buffer[0] = (real)in_order(job.partial, n, job.grain);
     return MINIKD_DONE;
 }
 
 /* --- backward: dx = gradient · the upstream gradient --- */
 
 /* dx = gradient·dloss, where dloss is one number, or one for each row with the reduction "none" */
-static int64_t row_loss_vjp(const minikd_call *call)
+static void row_loss_vjp_part(void *shared, int64_t first, int64_t end)
 {
-    real *dx = call->buffer[0];
-    const real *dloss = call->buffer[1], *gradient = call->buffer[3];
-    const int64_t n = call->size[0], c = call->size[1];
-    const int64_t by_row = call->attribute.reduction == MINIKD_NONE;
-    for (int64_t i = 0; dx && i < n; i++, dx += c, gradient += c) {
-        const real factor = dloss[by_row ? i : 0];
+    const minikd_call *call = shared;
+    const real *dloss = call->buffer[1];
+    const int64_t c = call->size[1];
+    for (int64_t i = first; i < end; i++) {
+        real *dx = (real *)call->buffer[0] + i * c;
+        const real *gradient = (const real *)call->buffer[3] + i * c;
+        const real factor = dloss[call->attribute.reduction == MINIKD_NONE ? i : 0];
         SIMD
         for (int64_t j = 0; j < c; j++)
             dx[j] = gradient[j] * factor;
     }
+}
+
+static int64_t row_loss_vjp(const minikd_call *call)
+{
+    if (call->buffer[0])
+        minikd_parallel(row_loss_vjp_part, (void *)call, call->size[0], rows_of_range(call->size[0], call->size[1], 3, 0.3));
     return MINIKD_DONE;
 }
 

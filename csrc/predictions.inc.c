@@ -47,30 +47,50 @@ static int64_t first_largest(const real *z, int64_t c)
     return j;
 }
 
+static void argmax_part(void *shared, int64_t first, int64_t end)
+{
+    const minikd_call *call = shared;
+    const int64_t c = call->size[1];
+    for (int64_t i = first; i < end; i++)
+        ((int64_t *)call->buffer[0])[i] = first_largest((const real *)call->buffer[1] + i * c, c);
+}
+
 /* y = the first j with x_j = max x */
 static int64_t argmax(const minikd_call *call)
 {
-    int64_t *y = call->buffer[0];
-    const real *x = call->buffer[1];
-    const int64_t n = call->size[0], c = call->size[1];
-    for (int64_t i = 0; i < n; i++)
-        y[i] = first_largest(x + i * c, c);
+    minikd_parallel(argmax_part, (void *)call, call->size[0], rows_of_range(call->size[0], call->size[1], 10, 0.2));
     return MINIKD_DONE;
+}
+
+/* The call, and how many are right in each range of rows. */
+typedef struct {
+    const minikd_call *call;
+    int64_t grain;
+    double partial[MINIKD_RANGES];
+} correct_count_job;
+
+static void correct_count_part(void *shared, int64_t first, int64_t end)
+{
+    correct_count_job *job = shared;
+    const int64_t *target = job->call->buffer[2], c = job->call->size[1];
+    int64_t correct = 0;
+    for (int64_t i = first; i < end; i++)
+        correct += target[i] != job->call->attribute.ignore_index
+                   && first_largest((const real *)job->call->buffer[1] + i * c, c) == target[i];
+    job->partial[first / job->grain] = (double)correct;
 }
 
 /* count = #{rows: target ≠ ignore_index and argmax z = target} */
 static int64_t correct_count(const minikd_call *call)
 {
-    int64_t *count = call->buffer[0];
-    const real *z = call->buffer[1];
-    const int64_t *target = call->buffer[2], ignored = call->attribute.ignore_index;
     const int64_t n = call->size[0], c = call->size[1];
-    const int64_t wrong = wrong_label(target, n, c, ignored);
+    const int64_t wrong = wrong_label(call->buffer[2], n, c, call->attribute.ignore_index);
     if (wrong)
         return wrong;
-    int64_t correct = 0;
-    for (int64_t i = 0; i < n; i++)
-        correct += target[i] != ignored && first_largest(z + i * c, c) == target[i];
-    *count = correct;
+    correct_count_job job;
+    job.call = call;
+    job.grain = rows_of_range(n, c, 10, 0.2);
+    minikd_parallel(correct_count_part, &job, n, job.grain);
+    *(int64_t *)call->buffer[0] = (int64_t)in_order(job.partial, n, job.grain);
     return MINIKD_DONE;
 }

@@ -14,6 +14,7 @@
 #endif
 
 #include "kernels.h"
+#include "parallel.h"
 #include "real.h"
 
 #define LANES 16   /* the width of the widest vector, in float */
@@ -42,6 +43,23 @@ static void fill(real *x, int64_t count, real value)
 {
     for (int64_t j = 0; j < count; j++)
         x[j] = value;
+}
+
+/* --- rows on several threads --- */
+
+/* How many rows a range gets if a row takes ns_row + c·ns nanoseconds; whole tiles of narrow ones. */
+static int64_t rows_of_range(int64_t n, int64_t c, double ns_row, double ns)
+{
+    return minikd_grain(n, ns_row + (double)c * ns, c <= NARROW ? LANES : 1);
+}
+
+/* The sum of what the ranges found, in their order, so that it does not depend on who came first. */
+static double in_order(const double *partial, int64_t count, int64_t grain)
+{
+    double total = 0;
+    for (int64_t k = 0; k * grain < count; k++)
+        total += partial[k];
+    return total;
 }
 
 /* --- memory for wide rows --- */

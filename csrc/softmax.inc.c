@@ -46,24 +46,43 @@ static void softmax_row(real *y, const real *x, int64_t c, const softening *s, r
         y[j] *= scale;
 }
 
+/* What the rows of one call have in common. */
+typedef struct {
+    real *y;
+    const real *x;
+    int64_t n, c;
+    softening s;
+    real inverse_t;
+} softmax_rows_of;
+
+static softmax_rows_of softmax_job(const minikd_call *call)
+{
+    const double inverse = inverse_temperature(*(const double *)call->buffer[2]);
+    const softmax_rows_of job = {call->buffer[0], call->buffer[1], call->size[0],
+                                 call->size[1],   softened(inverse), (real)inverse};
+    return job;
+}
+
+static void softmax_rows(void *shared, int64_t first, int64_t end)
+{
+    const softmax_rows_of *job = shared;
+    const int64_t c = job->c;
+    real *memory = too_large_for_caches(job->n * c) ? malloc((size_t)c * sizeof(real)) : NULL;
+    for (int64_t i = first; c <= NARROW && i < end; i += LANES)
+        softmax_tile(job->y + i * c, job->x + i * c, c, smaller(end - i, LANES), &job->s);
+    for (int64_t i = first; c > NARROW && i < end; i++)
+        softmax_row(job->y + i * c, job->x + i * c, c, &job->s, memory);
+    free(memory);
+    settled();
+}
+
 /* y = exp((x - max x)/T) / Σ exp((x - max x)/T) */
 static int64_t softmax(const minikd_call *call)
 {
-    real *y = call->buffer[0];
-    const real *x = call->buffer[1];
-    const double temperature = *(const double *)call->buffer[2];
-    const int64_t n = call->size[0], c = call->size[1];
-    if (!usable_temperature(temperature))
+    if (!usable_temperature(*(const double *)call->buffer[2]))
         return MINIKD_BAD_TEMPERATURE;
-    const softening s = softened(inverse_temperature(temperature));
-    real *memory = too_large_for_caches(n * c) ? malloc((size_t)c * sizeof(real)) : NULL;
-
-    for (int64_t i = 0; c <= NARROW && i < n; i += LANES)
-        softmax_tile(y + i * c, x + i * c, c, smaller(n - i, LANES), &s);
-    for (int64_t i = 0; c > NARROW && i < n; i++)
-        softmax_row(y + i * c, x + i * c, c, &s, memory);
-    free(memory);
-    settled();
+    softmax_rows_of job = softmax_job(call);
+    minikd_parallel(softmax_rows, &job, job.n, rows_of_range(job.n, job.c, 5, 0.4));
     return MINIKD_DONE;
 }
 
@@ -84,20 +103,36 @@ static double inner_product(const real *a, const real *b, int64_t c)
     return total;
 }
 
-/* dx = y·(dy - Σ dy·y) / T, and 0 where y = 0 */
-static int64_t softmax_vjp(const minikd_call *call)
+/* What the rows of one backward call have in common. */
+typedef struct {
+    real *dx;
+    const real *dy, *y;
+    int64_t c;
+    real inverse_t;
+} softmax_vjp_of;
+
+/* Run `part` on the rows of a backward call. */
+static int64_t softmax_vjp_rows(minikd_part *part, const minikd_call *call, double ns)
 {
-    real *dx = call->buffer[0];
-    const real *dy = call->buffer[1], *y = call->buffer[2];
     const double temperature = *(const double *)call->buffer[4];
     const int64_t n = call->size[0], c = call->size[1];
-    if (!dx)
+    if (!call->buffer[0])
         return MINIKD_DONE;
     if (!usable_temperature(temperature))
         return MINIKD_BAD_TEMPERATURE;
-    const real inverse_t = (real)inverse_temperature(temperature);
+    softmax_vjp_of job = {call->buffer[0], call->buffer[1], call->buffer[2], c, (real)inverse_temperature(temperature)};
+    minikd_parallel(part, &job, n, rows_of_range(n, c, 20, ns));
+    return MINIKD_DONE;
+}
 
-    for (int64_t i = 0; i < n; i++, dx += c, dy += c, y += c) {
+static void softmax_vjp_part(void *shared, int64_t first, int64_t end)
+{
+    const softmax_vjp_of *job = shared;
+    const int64_t c = job->c;
+    const real inverse_t = job->inverse_t;
+    for (int64_t at = first * c; at < end * c; at += c) {
+        real *dx = job->dx + at;
+        const real *dy = job->dy + at, *y = job->y + at;
         const real inner = (real)inner_product(dy, y, c);
         SIMD
         for (int64_t j = 0; j < c; j++) {
@@ -105,7 +140,12 @@ static int64_t softmax_vjp(const minikd_call *call)
             dx[j] = yj == 0 ? 0 : yj * centred * inverse_t;
         }
     }
-    return MINIKD_DONE;
+}
+
+/* dx = y·(dy - Σ dy·y) / T, and 0 where y = 0 */
+static int64_t softmax_vjp(const minikd_call *call)
+{
+    return softmax_vjp_rows(softmax_vjp_part, call, 0.5);
 }
 
 static void log_softmax_tile(real *y, const real *x, int64_t c, int64_t count, const softening *s, real inverse_t)
@@ -141,44 +181,45 @@ static void log_softmax_row(real *y, const real *x, int64_t c, const softening *
     }
 }
 
+static void log_softmax_rows(void *shared, int64_t first, int64_t end)
+{
+    const softmax_rows_of *job = shared;
+    const int64_t c = job->c;
+    const int past_caches = too_large_for_caches(job->n * c);
+    for (int64_t i = first; c <= NARROW && i < end; i += LANES)
+        log_softmax_tile(job->y + i * c, job->x + i * c, c, smaller(end - i, LANES), &job->s, job->inverse_t);
+    for (int64_t i = first; c > NARROW && i < end; i++)
+        log_softmax_row(job->y + i * c, job->x + i * c, c, &job->s, job->inverse_t, past_caches);
+    settled();
+}
+
 /* y = (x - max x)/T - log Σ exp((x - max x)/T) */
 static int64_t log_softmax(const minikd_call *call)
 {
-    real *y = call->buffer[0];
-    const real *x = call->buffer[1];
-    const double temperature = *(const double *)call->buffer[2];
-    const int64_t n = call->size[0], c = call->size[1];
-    if (!usable_temperature(temperature))
+    if (!usable_temperature(*(const double *)call->buffer[2]))
         return MINIKD_BAD_TEMPERATURE;
-    const softening s = softened(inverse_temperature(temperature));
-    const real inverse = (real)inverse_temperature(temperature);
-
-    for (int64_t i = 0; c <= NARROW && i < n; i += LANES)
-        log_softmax_tile(y + i * c, x + i * c, c, smaller(n - i, LANES), &s, inverse);
-    for (int64_t i = 0; c > NARROW && i < n; i++)
-        log_softmax_row(y + i * c, x + i * c, c, &s, inverse, too_large_for_caches(n * c));
-    settled();
+    softmax_rows_of job = softmax_job(call);
+    minikd_parallel(log_softmax_rows, &job, job.n, rows_of_range(job.n, job.c, 6, 0.45));
     return MINIKD_DONE;
 }
 
-/* dx = (dy - exp(y)·Σ dy) / T */
-static int64_t log_softmax_vjp(const minikd_call *call)
+static void log_softmax_vjp_part(void *shared, int64_t first, int64_t end)
 {
-    real *dx = call->buffer[0];
-    const real *dy = call->buffer[1], *y = call->buffer[2];
-    const double temperature = *(const double *)call->buffer[4];
-    const int64_t n = call->size[0], c = call->size[1];
-    if (!dx)
-        return MINIKD_DONE;
-    if (!usable_temperature(temperature))
-        return MINIKD_BAD_TEMPERATURE;
-    const real inverse_t = (real)inverse_temperature(temperature);
-
-    for (int64_t i = 0; i < n; i++, dx += c, dy += c, y += c) {
+    const softmax_vjp_of *job = shared;
+    const int64_t c = job->c;
+    const real inverse_t = job->inverse_t;
+    for (int64_t at = first * c; at < end * c; at += c) {
+        real *dx = job->dx + at;
+        const real *dy = job->dy + at, *y = job->y + at;
         const real total = (real)sum(dy, c);
         SIMD
         for (int64_t j = 0; j < c; j++)
             dx[j] = (dy[j] - exponential(y[j]) * total) * inverse_t;
     }
-    return MINIKD_DONE;
+}
+
+/* dx = (dy - exp(y)·Σ dy) / T */
+static int64_t log_softmax_vjp(const minikd_call *call)
+{
+    return softmax_vjp_rows(log_softmax_vjp_part, call, 0.6);
 }

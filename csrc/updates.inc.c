@@ -1,43 +1,52 @@
 /* Optimizer steps: they read and write the parameters and their state. */
 
+#include "parallel.h"
 #include "rows.h"
 
-/* d = g + λ·w;  v = μ·v + d;  w -= lr·v  (Nesterov: lr·(d + μ·v); without v: lr·d) */
-static int64_t sgd_step(const minikd_call *call)
+/* Nanoseconds that a parameter takes: measured for float with AVX-512 in the nearer caches. */
+#define SGD_NS (0.13 / 4 * sizeof(real))
+#define ADAM_NS (0.31 / 4 * sizeof(real))
+
+static void sgd_part(void *shared, int64_t first, int64_t end)
 {
+    const minikd_call *call = shared;
     real *w = call->buffer[0], *v = call->buffer[1];
     const real *g = call->buffer[2];
     const real rate = (real)*(const double *)call->buffer[3];
     const real momentum = (real)call->attribute.momentum, decay = (real)call->attribute.weight_decay;
     const int nesterov = call->attribute.nesterov;
-    const int64_t k = call->size[0];
     if (!v) {
         SIMD
-        for (int64_t j = 0; j < k; j++) {
+        for (int64_t j = first; j < end; j++) {
             const real d = decay != 0 ? g[j] + decay * w[j] : g[j];
             w[j] -= rate * d;
         }
     } else {
         SIMD
-        for (int64_t j = 0; j < k; j++) {
+        for (int64_t j = first; j < end; j++) {
             const real d = decay != 0 ? g[j] + decay * w[j] : g[j];
             const real vj = momentum * v[j] + d;
             v[j] = vj;
             w[j] -= rate * (nesterov ? d + momentum * vj : vj);
         }
     }
+}
+
+/* d = g + λ·w;  v = μ·v + d;  w -= lr·v  (Nesterov: lr·(d + μ·v); without v: lr·d) */
+static int64_t sgd_step(const minikd_call *call)
+{
+    const int64_t k = call->size[0];
+    minikd_parallel(sgd_part, (void *)call, k, minikd_grain(k, SGD_NS, LANES));
     return MINIKD_DONE;
 }
 
-/* m = β₁·m + (1-β₁)·g;  v = β₂·v + (1-β₂)·g²;  w -= lr·(m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + ε);
- * decay: g += λ·w, or decoupled w -= lr·λ·w first */
-static int64_t adam_step(const minikd_call *call)
+static void adam_part(void *shared, int64_t first, int64_t end)
 {
+    const minikd_call *call = shared;
     real *w = call->buffer[0], *m = call->buffer[1], *v = call->buffer[2];
     const real *g = call->buffer[3];
     const double lr = *(const double *)call->buffer[4], t = (double)*(const int64_t *)call->buffer[5];
     const minikd_attributes *a = &call->attribute;
-    const int64_t k = call->size[0];
     const real keep_m = (real)a->beta1, take_m = (real)(1 - a->beta1);
     const real keep_v = (real)a->beta2, take_v = (real)(1 - a->beta2);
     const real rate = (real)(lr / (1 - pow(a->beta1, t)));
@@ -46,7 +55,7 @@ static int64_t adam_step(const minikd_call *call)
     const real shrink = a->decoupled ? (real)(1 - lr * a->weight_decay) : 1;
     const real decay = a->decoupled ? 0 : (real)a->weight_decay;
     SIMD
-    for (int64_t j = 0; j < k; j++) {
+    for (int64_t j = first; j < end; j++) {
         const real wj = w[j] * shrink;
         const real gj = decay != 0 ? g[j] + decay * wj : g[j];
         const real mj = keep_m * m[j] + take_m * gj;
@@ -55,5 +64,13 @@ static int64_t adam_step(const minikd_call *call)
         v[j] = vj;
         w[j] = wj - rate * mj / (REAL(sqrt)(vj) * root + eps);
     }
+}
+
+/* m = β₁·m + (1-β₁)·g;  v = β₂·v + (1-β₂)·g²;  w -= lr·(m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + ε);
+ * decay: g += λ·w, or decoupled w -= lr·λ·w first */
+static int64_t adam_step(const minikd_call *call)
+{
+    const int64_t k = call->size[0];
+    minikd_parallel(adam_part, (void *)call, k, minikd_grain(k, ADAM_NS, LANES));
     return MINIKD_DONE;
 }

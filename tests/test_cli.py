@@ -569,8 +569,8 @@ def test_the_folder_for_the_results_can_stand_in_the_configuration(tmp_path: Pat
     assert "\nout =" not in (tmp_path / "mine" / "config.toml").read_text("utf-8")
 
 
-def test_a_wrong_minikd_cpu_or_backend_is_named_and_info_still_answers(tmp_path: Path) -> None:
-    for name in ("MINIKD_CPU", "MINIKD_BACKEND"):
+def test_a_wrong_minikd_variable_is_named_and_info_still_answers(tmp_path: Path) -> None:
+    for name in ("MINIKD_CPU", "MINIKD_NUM_THREADS", "MINIKD_BACKEND"):
         done = minikd("distill", cwd=tmp_path, **{name: "abacus"})
         assert done.returncode == 2
         assert name in done.stderr

@@ -140,7 +140,7 @@ def current_backend() -> str:
 
     Raises
     ------
-    BackendError : MINIKD_BACKEND or MINIKD_CPU asks for something that is not to be had here.
+    BackendError : MINIKD_BACKEND, MINIKD_CPU or MINIKD_NUM_THREADS asks for something that is not to be had here.
     """
     return _current().name
 
@@ -154,8 +154,8 @@ def _current() -> _InUse:
 def _choose_first() -> None:
     wanted = os.environ.get("MINIKD_BACKEND")
     if not wanted:
-        if os.environ.get("MINIKD_CPU"):  # never silently slower than what was asked for
-            importlib.import_module(BACKENDS["c"].module).cpu_level()
+        if os.environ.get("MINIKD_CPU") or os.environ.get("MINIKD_NUM_THREADS"):
+            importlib.import_module(BACKENDS["c"].module).heed_environment()  # never silently slower than was asked for
         use_backend(next(name for name in BACKENDS if not BACKENDS[name].missing()))
         return
     try:

@@ -2,7 +2,8 @@
 
 Every kernel has the same entry, one struct of buffers, sizes and attributes (csrc/kernels.h), so nothing here knows any
 kernel in particular. The kernels are compiled for several levels of instructions; the best that this processor runs is
-taken, or the one that the environment variable MINIKD_CPU names.
+taken, or the one that the environment variable MINIKD_CPU names. A large call is shared by as many threads as there are
+processors, or as many as MINIKD_NUM_THREADS says; its result does not depend on how many.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minikd.errors import BackendError, bad_temperature, label_out_of_range
+from minikd.errors import ArgumentError, BackendError, bad_temperature, label_out_of_range
 from minikd.ops import OPS, Argument, Op
 from minikd.ops.shapes import row_out_of_range
 
@@ -73,12 +74,81 @@ def cpu_level() -> str:
     return wanted
 
 
+def usable_processors() -> int:
+    """The processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+MOST_THREADS = 256
+
+
+@cache
+def _use_default_threads() -> None:
+    """Let calls have as many threads as MINIKD_NUM_THREADS says, else one for each usable processor: done once."""
+    wanted = os.environ.get("MINIKD_NUM_THREADS", "").strip()
+    if wanted and not (wanted.isdecimal() and 1 <= int(wanted) <= MOST_THREADS):
+        raise BackendError(
+            "the C backend",
+            "MINIKD_NUM_THREADS",
+            expected=f"a whole number from 1 to {MOST_THREADS}",
+            got=repr(wanted),
+            fix="Unset it to take one thread for each processor.",
+        )
+    if _module is not None:
+        _module.lib.minikd_set_threads(int(wanted) if wanted else usable_processors())
+
+
+def heed_environment() -> None:
+    """Take what MINIKD_CPU and MINIKD_NUM_THREADS say.
+
+    Raises
+    ------
+    BackendError : one of them asks for what is not to be had here.
+    """
+    cpu_level()
+    _use_default_threads()
+
+
+def threads() -> int:
+    """The most threads that one call of a kernel runs on; small calls run on one, whatever this is.
+
+    Raises
+    ------
+    BackendError : MINIKD_NUM_THREADS is not a number of threads, or there is no C backend.
+    """
+    _needs_module("threads")
+    _use_default_threads()
+    return int(_module.lib.minikd_threads())
+
+
+def set_threads(n: int) -> None:
+    """Let one call of a kernel run on up to n threads, from 1 to 256. No result depends on it.
+
+    Raises
+    ------
+    ArgumentError : n is not a whole number from 1 to 256.
+    BackendError : there is no C backend.
+    """
+    _needs_module("set_threads")
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MOST_THREADS:
+        raise ArgumentError("set_threads", "n", expected=f"a whole number from 1 to {MOST_THREADS}", got=repr(n))
+    _use_default_threads()
+    _module.lib.minikd_set_threads(n)
+
+
+def _needs_module(function: str) -> None:
+    if _module is None:
+        raise BackendError(function, "the C backend", expected="built", got=f"none: {_missing}")
+
+
 def unavailable() -> str:
     """Why this backend cannot run here, or an empty text if it can."""
     if _missing:
         return _missing
     try:
-        cpu_level()
+        heed_environment()
     except BackendError as error:
         return str(error).rstrip(".")
     return ""
@@ -181,6 +251,7 @@ def launcher(name: str, level: str = "") -> Callable[[Sequence[Any], dict[str, A
     arguments = op.buffers if name == op.name else op.vjp_buffers
     ffi, lib = _module.ffi, _module.lib
     chosen = (level or cpu_level()).encode()
+    _use_default_threads()
     kernels = {np.dtype(f"f{8 if d else 4}"): lib.minikd_find(name.encode(), d, chosen) for d in (0, 1)}
     reals = tuple(k for k, a in enumerate(arguments) if a.kind == "real")
     letters = tuple(_places(arguments, letter) for letter in op.letters)
@@ -203,7 +274,7 @@ def binder(name: str, level: str = "") -> Callable[..., NativeCall]:
     -----------------------
     ArgumentError : a label or row number out of range, or a temperature that is not a finite number above 0;
         nothing is written then.
-    MemoryError : there is no memory for one row.
+    MemoryError : there is no memory for one row, or for the sums of a bias gradient.
     """
     launch = launcher(name, level)
     return lambda *buffers, **attrs: launch(buffers, attrs).bind(*buffers)
@@ -232,7 +303,7 @@ def _refuse(op: Op, arguments: Sequence[Argument], buffers: Sequence[Any], statu
     named = {a.name: b for a, b in zip(arguments, buffers, strict=True)}
     sizes = {letter: _size(buffers, _places(arguments, letter)) for letter in op.letters}
     if status == _module.lib.MINIKD_NO_MEMORY:
-        raise MemoryError(f"{op.name}: there is no memory for a row of {sizes['c']} classes")
+        raise MemoryError(f"{op.name}: there is no memory beside its buffers, of sizes {sizes}")
     if status == _module.lib.MINIKD_BAD_TEMPERATURE:
         raise bad_temperature(op.name, float(named["temperature"]))
     row = status - 1
