@@ -128,8 +128,9 @@ native = Extension(
     define_macros=[("Py_LIMITED_API", "0x030B0000")] if LIMITED_API else [],
 )
 
-setup(
-    ext_modules=[native],
-    cmdclass={"build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED_API else {},
-)
+if __name__ == "__main__":  # its options are also read by a test
+    setup(
+        ext_modules=[native],
+        cmdclass={"build_ext": BuildKernels},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED_API else {},
+    )

@@ -11,7 +11,8 @@
 #include <stdint.h>
 #include <string.h>
 
-/* In front of a loop whose rounds do not depend on each other; the arrays may be the same, but not shifted. */
+/* In front of a loop whose rounds do not depend on each other; the arrays may be the same, but not shifted. SIMD_SHORT
+ * is for loops that may be shorter than the widest vector. A test asks the compiler whether it has vectorised each. */
 #ifdef MINIKD_SIMD
 #define SIMD _Pragma("omp simd")
 #define SIMD_OR(...) SIMD_PRAGMA(omp simd reduction(| : __VA_ARGS__))
@@ -20,6 +21,7 @@
 #define SIMD
 #define SIMD_OR(...)
 #endif
+#define SIMD_SHORT SIMD
 
 /* For functions that take another function and must become one with it. */
 #ifdef __GNUC__

@@ -129,7 +129,7 @@ INLINE double across(const double *lane)
     for (int l = 0; l < LANES / 2; l++)
         half[l] = lane[l] + lane[l + LANES / 2];
     for (int width = LANES / 4; width > 0; width /= 2) {
-        SIMD
+        SIMD_SHORT
         for (int l = 0; l < width; l++)
             half[l] += half[l + width];
     }
@@ -188,7 +188,7 @@ static real maximum(const real *z, int64_t c)
     for (int64_t l = 0; c % LANES && c > LANES && l < LANES; l++)
         lane[l] = larger(z[c - LANES + l], lane[l]);
     for (int width = LANES / 2; width > 0; width /= 2) {
-        SIMD
+        SIMD_SHORT
         for (int l = 0; l < width; l++)
             lane[l] = larger(lane[l + width], lane[l]);
     }

@@ -1,0 +1,86 @@
+"""Every loop that is meant to become vector code does: a loop that silently stays scalar is five times slower.
+
+The compiler is asked: it reports the line of each loop that it has vectorised, and every loop behind the macro SIMD
+must be among them, with vectors as wide as the level has.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+WIDTHS = {"v3": 32, "v4": 64}  # bytes of a vector
+SHORT = 16  # bytes of the shortest vector, which is enough for loops behind SIMD_SHORT
+LOOP = re.compile(r"\s*SIMD(_SHORT|_OR\(\w+\))?")
+REPORT = re.compile(r"(\w[\w.]*\.[ch]):(\d+):\d+: optimized: +loop vectorized using (\d+) byte vectors")
+
+
+@pytest.fixture(autouse=True)
+def gcc() -> None:
+    """Skip where the sources or gcc are missing: other compilers report in other words."""
+    if not CSRC.exists():
+        pytest.skip("needs a source checkout")
+    found = shutil.which("gcc")
+    words = subprocess.run(["gcc", "--version"], capture_output=True, text=True, check=False).stdout if found else ""
+    if "Free Software Foundation" not in words:
+        pytest.skip("needs gcc")
+    machine = subprocess.run(["gcc", "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+    if not machine.startswith("x86_64"):
+        pytest.skip("needs gcc for x86-64")
+
+
+@cache
+def build_options() -> Any:
+    """setup.py as a module: its options are those that the extension is compiled with."""
+    spec = importlib.util.spec_from_file_location("minikd_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def loops(width: int) -> dict[tuple[str, int], int]:
+    """File and line of each loop behind the macro, and how wide its vectors should be where `width` is the widest."""
+    found = {}
+    for path in sorted(CSRC.glob("*.[ch]")):
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+            if LOOP.fullmatch(line):
+                found[path.name, number + 1] = SHORT if "SHORT" in line else width
+    return found
+
+
+def missed(level: str, number: str, tmp_path: Path, *more: str) -> set[tuple[str, int]]:
+    """The loops of which the compiler does not say that it has vectorised them as widely as it should."""
+    setup = build_options()
+    macros = ["-D" + name for name, _ in setup.NUMBERS[number]]
+    options = [*setup.STRICT, *setup.SIMD, *setup.NO_PEELING, *setup.LEVELS[level], *macros, "-DMINIKD_TABLE=table"]
+    target = ["-c", str(CSRC / "kernels.c"), "-o", str(tmp_path / "kernels.o"), "-fopt-info-vec-optimized"]
+    done = subprocess.run(["gcc", *options, *more, *target], capture_output=True, text=True, check=True)
+    widest: dict[tuple[str, int], int] = {}
+    for file, line, width in REPORT.findall(done.stderr):
+        for at in (int(line), int(line) - 1):  # the compiler names the loop's line, or that of its first statement
+            widest[file, at] = max(widest.get((file, at), 0), int(width))
+    return {loop for loop, width in loops(WIDTHS[level]).items() if widest.get(loop, 0) < width}
+
+
+@pytest.mark.parametrize("number", ["float", "double"])
+@pytest.mark.parametrize("level", sorted(WIDTHS))
+def test_every_hot_loop_is_vectorised_over_whole_vectors(level: str, number: str, tmp_path: Path) -> None:
+    assert len(loops(0)) > 40
+    assert not missed(level, number, tmp_path)
+
+
+def test_a_compiler_that_does_not_vectorise_is_noticed(tmp_path: Path) -> None:
+    assert missed("v3", "float", tmp_path, "-fno-tree-vectorize", "-fno-openmp-simd") == set(loops(0))
