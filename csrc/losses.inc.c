@@ -84,10 +84,12 @@ static double label_peak(const smoothed_label *label, int64_t y)
     return label->weight ? label->weight[y] * label->peak : label->peak;
 }
 
-/* scale·(-Σ_j w_j·ỹ_j·log softmax(z)_j) of `count` rows, given top = max z and total = Σ exp(z - top) of each, and what
- * their weights exp(z - top) are multiplied by in the gradient. Both are 0 where the label y is -1, which is none. */
-static void hard_losses(const smoothed_label *label, double *loss, real *factor, const real *z, const int64_t *y,
-                        int64_t c, int64_t count, const real *top, const double *total, double scale)
+/* scale·(-Σ_j w_j·ỹ_j·log softmax(z)_j) of `count` rows, given top = max z, log_total = log Σ exp(z - top) and
+ * per_total = 1 / Σ exp(z - top) of each, and what their weights exp(z - top) are multiplied by in the gradient. Both
+ * are 0 where the label y is -1, which is none. */
+INLINE void hard_losses(const smoothed_label *label, double *loss, real *factor, const real *z, const int64_t *y,
+                        int64_t c, int64_t count, const real *top, const double *log_total, const double *per_total,
+                        double scale)
 {
     double peak[LANES] ALIGNED, below_top[LANES] ALIGNED, others[LANES] ALIGNED = {0};
     const double base = label->base, base_sum = base * label->weight_sum;
@@ -99,10 +101,9 @@ static void hard_losses(const smoothed_label *label, double *loss, real *factor,
     }
     SIMD
     for (int64_t l = 0; l < count; l++) {
-        const double log_total = logarithm(total[l]);
-        const double row = peak[l] * (log_total + below_top[l]) + (base_sum * log_total - others[l]);
+        const double row = peak[l] * (log_total[l] + below_top[l]) + (base_sum * log_total[l] - others[l]);
         loss[l] = y[l] < 0 ? 0 : row * scale;
-        factor[l] = y[l] < 0 ? 0 : (real)((peak[l] + base_sum) * scale * reciprocal(total[l]));
+        factor[l] = y[l] < 0 ? 0 : (real)((peak[l] + base_sum) * scale * per_total[l]);
     }
 }
 
@@ -145,9 +146,10 @@ static void cross_entropy_row(const smoothed_label *label, double *loss, real *d
         return;
     }
     const real top = maximum(z, c);
-    const double total = dz ? weights(dz, z, c, &s, top, c) : total_weight(z, c, &s, top);
+    const double total = dz ? weights(dz, z, c, &s, top) : total_weight(z, c, &s, top);
+    const double log_total = logarithm(total), per_total = reciprocal(total);
     real factor;
-    hard_losses(label, loss, &factor, z, &y, c, 1, &top, &total, scale);
+    hard_losses(label, loss, &factor, z, &y, c, 1, &top, &log_total, &per_total, scale);
     if (!dz)
         return;
     SIMD
@@ -161,12 +163,17 @@ static void cross_entropy_tile(const smoothed_label *label, double *loss, real *
                                int64_t c, int64_t count, double scale)
 {
     const softening s = softened(1);
-    real tile[NARROW * LANES] ALIGNED, top[LANES] ALIGNED, factor[LANES] ALIGNED = {0};
-    double total[LANES] ALIGNED;
+    real tile[NARROW * LANES] ALIGNED, top[LANES] ALIGNED, factor[LANES] ALIGNED;
+    double total[LANES] ALIGNED, log_total[LANES] ALIGNED, per_total[LANES] ALIGNED;
     load_tile(tile, z, c, count);
     maxima(top, tile, c);
     tile_weights(tile, total, tile, top, c, &s);
-    hard_losses(label, loss, factor, z, y, c, LANES, top, total, scale);
+    SIMD
+    for (int l = 0; l < LANES; l++) {
+        log_total[l] = logarithm(total[l]);
+        per_total[l] = reciprocal(total[l]);
+    }
+    hard_losses(label, loss, factor, z, y, c, LANES, top, log_total, per_total, scale);
     if (!dz)
         return;
     for (int64_t j = 0; j < c; j++) {
@@ -294,7 +301,7 @@ static void soft_cross_entropy_part(void *shared, int64_t first, int64_t end)
         real *loss = call->buffer[0], *dz = call->buffer[1] ? (real *)call->buffer[1] + i * c : NULL;
         const real *z = (const real *)call->buffer[2] + i * c, *target = (const real *)call->buffer[3] + i * c;
         const real top = maximum(z, c);
-        const double total = dz ? weights(dz, z, c, &s, top, c) : total_weight(z, c, &s, top);
+        const double total = dz ? weights(dz, z, c, &s, top) : total_weight(z, c, &s, top);
         double sum_y = 0;
         const double row = soft_cross_entropy_row(job, z, target, top, logarithm(total), &sum_y);
         const real factor = (real)(sum_y / total * job->scale);
@@ -452,8 +459,9 @@ INLINE void add_steps(row_sums *sums, real *p, real *q, real *e, const real *z_s
 {
     const softening student = d->student, teacher = d->teacher, hard = d->hard;
     const real ratio = (real)(d->inverse_s / d->inverse_t);
-    for (int64_t first = 0; first < steps; first += STEPS) {
-        const int64_t end = smaller(first + STEPS, steps) * LANES;
+    const int64_t together = d->c <= NARROW ? FEW : STEPS;
+    for (int64_t first = 0; first < steps; first += together) {
+        const int64_t end = smaller(first + together, steps) * LANES;
         real sum_p[LANES] ALIGNED = {0}, sum_q[LANES] ALIGNED = {0};
         real sum_apart[LANES] ALIGNED = {0}, sum_e[LANES] ALIGNED = {0};
         for (int64_t j = first * LANES; j < end; j += LANES) {
@@ -555,10 +563,12 @@ typedef struct {
 INLINE int results_of(row_results *results, double *loss, const row_sums *sums, const distillation *d, const real *z_s,
                       const int64_t *y, int64_t count)
 {
+    double log_e[LANES] ALIGNED, per_e[LANES] ALIGNED;
     int near = 0;
-    hard_losses(&d->label, loss, results->per_e, z_s, y, d->c, count, sums->top_s, sums->e, d->hard_scale);
     SIMD
     for (int64_t l = 0; l < count; l++) {
+        log_e[l] = logarithm(sums->e[l]);
+        per_e[l] = reciprocal(sums->e[l]);
         const double per_p = reciprocal(sums->p[l]), per_q = reciprocal(sums->q[l]);
         const double log_of_sums = logarithm(fused_double(sums->q[l] - sums->p[l], per_p, 1.0)); /* 0 if they agree */
         results->kl[l] = sums->apart[l] * per_q * d->inverse_t - log_of_sums;
@@ -566,6 +576,7 @@ INLINE int results_of(row_results *results, double *loss, const row_sums *sums, 
         results->per_p[l] = (real)(d->soft_factor * per_p);
         results->per_q[l] = (real)(d->soft_factor * per_q);
     }
+    hard_losses(&d->label, loss, results->per_e, z_s, y, d->c, count, sums->top_s, log_e, per_e, d->hard_scale);
     for (int64_t l = 0; l < count; l++)
         near |= results->kl[l] < FAR_APART;
     return near;

@@ -18,7 +18,8 @@
 #include "real.h"
 
 #define LANES 16   /* the width of the widest vector, in float */
-#define STEPS 8    /* steps that are added up in real, before their sums are added up in double */
+#define STEPS 32   /* steps of a wide row that are added up in real, before their sums are added up in double */
+#define FEW 8      /* the same for tiles, whose rows have no 16 parts over which rounding averages out */
 #define BLOCK 512  /* elements that are taken through all steps of a pass while they are in the nearest cache */
 #define NARROW 100 /* classes up to which rows are taken in tiles */
 
@@ -251,13 +252,13 @@ INLINE real quick_weight(const softening *s, real d)
 }
 
 /* e = exp((z - top)/T), and total += Σ e of each lane: NaN if it has a NaN or no finite maximum. e may be z.
- * Meanwhile what stands `ahead` of z, the next row, is fetched. */
-static void add_weights(double *total, real *e, const real *z, int64_t steps, const softening *s, const real *top,
-                        int64_t ahead)
+ * `together` are added up in real. Meanwhile what stands `ahead` of z, the next row, is fetched. */
+static void add_weights(double *total, real *e, const real *z, int64_t steps, int64_t together, const softening *s,
+                        const real *top, int64_t ahead)
 {
     const softening fixed = *s;
-    for (int64_t first = 0; first < steps; first += STEPS) {
-        const int64_t end = smaller(first + STEPS, steps);
+    for (int64_t first = 0; first < steps; first += together) {
+        const int64_t end = smaller(first + together, steps);
         real part[LANES] ALIGNED = {0};
         for (int64_t j = first * LANES; j < end * LANES; j += LANES) {
             FETCH(z + j + ahead);
@@ -290,29 +291,39 @@ static void store_rest(real *row, const real *step, int64_t c)
     memcpy(row + whole, step, (size_t)(c - whole) * sizeof(real));
 }
 
-/* e = exp((z - top)/T) of a row; returns Σ e. e may be z. */
-static double weights(real *e, const real *z, int64_t c, const softening *s, real top, int64_t ahead)
+/* total += Σ exp((z - top)/T) of the last, unfinished step of a row, whose weights e are. */
+static void add_rest(double *total, real *e, const real *z, int64_t c, const softening *s, const real *top)
 {
-    real tops[LANES] ALIGNED, rest[LANES] ALIGNED;
+    real rest[LANES] ALIGNED;
+    if (c % LANES == 0)
+        return;
+    load_rest(rest, z, c);
+    add_weights(total, rest, rest, 1, STEPS, s, top, 0);
+    if (e)
+        store_rest(e, rest, c);
+}
+
+/* e = exp((z - top)/T) of a row; returns Σ e. e may be z. */
+static double weights(real *e, const real *z, int64_t c, const softening *s, real top)
+{
+    real tops[LANES] ALIGNED;
     double total[LANES] ALIGNED = {0};
     fill(tops, LANES, top);
-    add_weights(total, e, z, c / LANES, s, tops, ahead);
-    if (c % LANES) {
-        load_rest(rest, z, c);
-        add_weights(total, rest, rest, 1, s, tops, 0);
-        store_rest(e, rest, c);
-    }
+    add_weights(total, e, z, c / LANES, STEPS, s, tops, c);
+    add_rest(total, e, z, c, s, tops);
     return across(total);
 }
 
-/* Σ exp((z - top)/T) of a row. */
+/* Σ exp((z - top)/T) of a row, the same to the last bit. */
 static double total_weight(const real *z, int64_t c, const softening *s, real top)
 {
-    real unused[BLOCK];
-    double total = 0;
-    for (int64_t j = 0; j < c; j += BLOCK)
-        total += weights(unused, z + j, block_size(c - j), s, top, c);
-    return total;
+    real tops[LANES] ALIGNED, unused[STEPS * LANES] ALIGNED;
+    double total[LANES] ALIGNED = {0};
+    fill(tops, LANES, top);
+    for (int64_t j = 0; j < c / LANES; j += STEPS)
+        add_weights(total, unused, z + j * LANES, smaller(c / LANES - j, STEPS), STEPS, s, tops, c);
+    add_rest(total, NULL, z, c, s, tops);
+    return across(total);
 }
 
 /* --- narrow rows: a tile holds class j of row l at j·LANES + l --- */
@@ -403,7 +414,7 @@ static void tile_weights(real *e, double *total, const real *tile, const real *t
 {
     for (int l = 0; l < LANES; l++)
         total[l] = 0;
-    add_weights(total, e, tile, c, s, top, 0);
+    add_weights(total, e, tile, c, FEW, s, top, 0);
 }
 
 #endif

@@ -36,7 +36,7 @@ static void scale_past_caches(real *y, const real *e, int64_t c, real scale)
 static void softmax_row(real *y, const real *x, int64_t c, const softening *s, real *memory)
 {
     real *e = memory ? memory : y;
-    const real scale = (real)(1 / weights(e, x, c, s, maximum(x, c), c));
+    const real scale = (real)(1 / weights(e, x, c, s, maximum(x, c)));
     if (memory) {
         scale_past_caches(y, e, c, scale);
         return;
