@@ -188,6 +188,8 @@ static int64_t run_forward(minikd_part *part, const minikd_call *call, double ns
     return MINIKD_DONE;
 }
 
+#define COLUMNS 4096 /* of a row that are taken at a time: parts of rows, always as far apart, use the caches badly */
+
 /* dx = dy·slope(v + b);  db = Σ_rows dx, in double.  v is y, with b = NULL, or x. dx and db may be NULL.
  *
  * The work is cut into tiles, bands of rows by blocks of columns, whose sizes depend on the shape alone. The sums of
@@ -204,11 +206,11 @@ INLINE void backward_tile(real (*slope)(real), const backward_work *work, int64_
     real *dx = work->call->buffer[0], *db = work->call->buffer[1];
     const real *dy = work->call->buffer[2], *v = work->v;
     const int64_t n = work->call->size[0], m = work->call->size[1];
-    const int64_t band = tile / work->blocks, first = tile % work->blocks * BLOCK, count = block_size(m - first);
+    const int64_t band = tile / work->blocks, first = tile % work->blocks * COLUMNS, count = smaller(m - first, COLUMNS);
     const int64_t top = band * work->band, bottom = smaller(top + work->band, n);
     const real *b = work->b ? work->b + first : NULL;
-    double total[BLOCK];
-    real unused[BLOCK];
+    double total[COLUMNS];
+    real unused[COLUMNS];
     for (int64_t j = 0; j < count; j++)
         total[j] = 0;
     for (int64_t at = top * m + first; at < bottom * m; at += m) {
@@ -250,8 +252,8 @@ static void add_bands(real *db, double *sums, int64_t bands, int64_t m)
 
 static int64_t run_backward(minikd_part *part, const minikd_call *call, double ns, const real *v, const real *b)
 {
-    const int64_t n = call->size[0], m = call->size[1], width = smaller(m, BLOCK);
-    backward_work work = {call, v, b, (m + BLOCK - 1) / BLOCK, minikd_grain(n, ns * (double)width, 1), NULL};
+    const int64_t n = call->size[0], m = call->size[1], width = smaller(m, COLUMNS);
+    backward_work work = {call, v, b, (m + COLUMNS - 1) / COLUMNS, minikd_grain(n, ns * (double)width, 1), NULL};
     const int64_t bands = n > work.band ? (n + work.band - 1) / work.band : 1, tiles = bands * work.blocks;
     if (call->buffer[1] && bands > 1) {
         work.sums = malloc((size_t)(bands * m) * sizeof(double));
