@@ -158,7 +158,7 @@ def test_thread_counts_of_the_environment_reach_no_peer_that_is_alone(monkeypatc
     alone, one, tuned = (CONDITIONS[name].environment() for name in ("alone", "one", "tuned"))
     assert "OMP_NUM_THREADS" not in alone
     assert "XLA_FLAGS" not in alone
-    assert one["OMP_NUM_THREADS"] == one["OPENBLAS_NUM_THREADS"] == "1"
+    assert one["OMP_NUM_THREADS"] == one["OPENBLAS_NUM_THREADS"] == one["MINIKD_NUM_THREADS"] == "1"
     assert len(CONDITIONS["one"].processors()) == 1
     assert "MALLOC_MMAP_MAX_" in tuned.keys() - one.keys()
 
@@ -288,6 +288,29 @@ def test_a_run_writes_its_figures_and_a_readme_takes_them_in(
         assert text.endswith("\n<!-- end bench -->\nafter\n")
         assert text.count("### softmax") == 1
         assert "old" not in text
+
+
+def test_a_run_adds_to_what_was_measured_before_and_replaces_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "SHORT", SHORT)
+    monkeypatch.setattr(command, "LARGEST_QUICK", 2**20)
+    out = tmp_path / "kernels.json"
+
+    def measure(kernel: str, *more: str) -> list[str]:
+        asked = ["--out", str(out), "--quick", "--kernel", kernel, "--shape", "128x10", "--peers", "none", *more]
+        assert run(options(*asked)) == 0
+        return [found["kernel"] for found in json.loads(out.read_text())["cases"]]
+
+    assert measure("softmax") == ["softmax"]
+    assert measure("distillation_loss", "--add") == ["distillation_loss", "softmax"]
+    assert measure("softmax", "--add") == ["distillation_loss", "softmax"]
+    assert measure("softmax") == ["softmax"]
+    other = json.loads(out.read_text())
+    other["machine"]["cpu"] = "another"
+    out.write_text(json.dumps(other))
+    with pytest.raises(DataError, match=r"--add must be a report of cpu .*, got another in"):
+        measure("softmax", "--add")
 
 
 def test_a_readme_without_markers_and_a_missing_report_are_errors(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from minikd.kernels.reference import bind_reference
 from minikd.ops import OPS, Argument, Shape
+from minikd.ops.op import KINDS
 
 Inputs = dict[str, Any]
 
@@ -32,8 +33,8 @@ class Kernel:
     name : as `minikd.kernels.bind` takes it.
     inputs : ``inputs(rng, shape)`` makes the kernel's input buffers by name; every other buffer is an output or None.
     outputs : the buffers that are compared with the reference before the clock runs.
-    reads, writes, updates : values that pass between kernel and memory for each element: read, written (which costs
-        a read of the cache line besides, "write-allocate"), or read and written in place.
+    reads, writes, updates : float32 values that pass between kernel and memory for each element: read, written (which
+        costs a read of the cache line besides, "write-allocate"), or read and written in place. A byte is a quarter.
     attrs : the operation's attributes.
     check : ``check(got, inputs)`` gives the error where there is no reference to compare with (random masks).
     """
@@ -41,20 +42,20 @@ class Kernel:
     name: str
     inputs: Callable[[np.random.Generator, Shape], Inputs]
     outputs: tuple[str, ...]
-    reads: int
-    writes: int = 0
-    updates: int = 0
+    reads: float
+    writes: float = 0
+    updates: float = 0
     shapes: tuple[Shape, ...] = ROWS
     attrs: dict[str, Any] = field(default_factory=dict)
     check: Callable[[dict[str, np.ndarray], Inputs], float] | None = None
 
     def bytes_moved(self, shape: Shape) -> int:
         """The least number of bytes that float32 buffers of this shape cost, write-allocate included."""
-        return 4 * (self.reads + 2 * self.writes + 2 * self.updates) * int(np.prod(shape))
+        return int(4 * (self.reads + 2 * self.writes + 2 * self.updates) * np.prod(shape))
 
     def footprint(self, shape: Shape) -> int:
         """The bytes that the buffers take, which decides whether they fit a cache."""
-        return 4 * (self.reads + self.writes + self.updates) * int(np.prod(shape))
+        return int(4 * (self.reads + self.writes + self.updates) * np.prod(shape))
 
     def make_inputs(self, shape: Shape) -> Inputs:
         """The inputs for this shape, the same in every process."""
@@ -75,9 +76,10 @@ class Kernel:
                 return np.array(inputs[a.name], real if a.kind == "real" else None)
             if a.role not in ("out", "saved", "din"):
                 return None
+            kind = KINDS[a.kind] or real
             if a.dims == ("*",):
-                return np.empty((), real)  # a loss is measured as its mean
-            return np.empty(whole if a.dims == ("...",) else tuple(sizes[d] for d in a.dims), real)
+                return np.empty((), kind)  # a loss is measured as its mean
+            return np.empty(whole if a.dims == ("...",) else tuple(sizes[d] for d in a.dims), kind)
 
         return {a.name: buffer(a) for a in arguments}
 
@@ -153,6 +155,23 @@ def _cross_entropy_in(rng: np.random.Generator, shape: Shape) -> Inputs:
     return {"logits": _normal(rng, shape, 3.0), "target": rng.integers(0, shape[1], shape[0])}
 
 
+def _soft_cross_entropy_in(rng: np.random.Generator, shape: Shape) -> Inputs:
+    return {"logits": _normal(rng, shape, 3.0), "target": np.exp(_log_softmax(_normal(rng, shape, 3.0)))}
+
+
+def _argmax_in(rng: np.random.Generator, shape: Shape) -> Inputs:
+    return {"x": _normal(rng, shape)}
+
+
+def _take_in(rng: np.random.Generator, shape: Shape) -> Inputs:
+    return {"x": _normal(rng, shape), "rows": rng.permutation(shape[0])}
+
+
+def _take_scaled_in(rng: np.random.Generator, shape: Shape) -> Inputs:
+    pixels, scale = rng.integers(0, 256, shape, np.uint8), rng.uniform(0.5, 2, shape[1]).astype(np.float32)
+    return {"x": pixels, "rows": rng.permutation(shape[0]), "scale": scale / 255, "shift": -scale / 2}
+
+
 def _kl_in(rng: np.random.Generator, shape: Shape) -> Inputs:
     student, teacher = (_log_softmax(_normal(rng, shape, 3.0)) for _ in "st")
     return {"input": student, "target": np.exp(teacher)}
@@ -164,6 +183,14 @@ def _bias_in(rng: np.random.Generator, shape: Shape) -> Inputs:
 
 def _relu_vjp_in(rng: np.random.Generator, shape: Shape) -> Inputs:
     return {"dy": _normal(rng, shape), "y": np.maximum(_normal(rng, shape), 0)}
+
+
+def _tanh_vjp_in(rng: np.random.Generator, shape: Shape) -> Inputs:
+    return {"dy": _normal(rng, shape), "y": np.tanh(_normal(rng, shape))}
+
+
+def _sigmoid_vjp_in(rng: np.random.Generator, shape: Shape) -> Inputs:
+    return {"dy": _normal(rng, shape), "y": 1 / (1 + np.exp(_normal(rng, shape)))}
 
 
 def _gelu_vjp_in(rng: np.random.Generator, shape: Shape) -> Inputs:
@@ -207,9 +234,14 @@ KERNELS = {
         Kernel("log_softmax", _rows_in, ("y",), reads=1, writes=1),
         Kernel("log_softmax_vjp", _rows_vjp_in(True), ("dx",), reads=2, writes=1),
         Kernel("cross_entropy", _cross_entropy_in, _LOSS, reads=1, writes=1),
+        Kernel("soft_cross_entropy", _soft_cross_entropy_in, _LOSS, reads=2, writes=1),
         Kernel("kl_div", _kl_in, _LOSS, reads=2, writes=1, attrs={"reduction": "batchmean"}),
         Kernel("bias_relu", _bias_in, ("y",), reads=1, writes=1),
         Kernel("bias_relu_vjp", _relu_vjp_in, _VJP, reads=2, writes=1),
+        Kernel("bias_tanh", _bias_in, ("y",), reads=1, writes=1),
+        Kernel("bias_tanh_vjp", _tanh_vjp_in, _VJP, reads=2, writes=1),
+        Kernel("bias_sigmoid", _bias_in, ("y",), reads=1, writes=1),
+        Kernel("bias_sigmoid_vjp", _sigmoid_vjp_in, _VJP, reads=2, writes=1),
         Kernel("bias_gelu", _bias_in, ("y",), reads=1, writes=1),
         Kernel("bias_gelu_vjp", _gelu_vjp_in, _VJP, reads=2, writes=1),
         Kernel(
@@ -221,6 +253,10 @@ KERNELS = {
             attrs={"p": DROPPED, "seed": 1, "stream": 0},
             check=_dropout_error,
         ),
+        Kernel("take", _take_in, ("y",), reads=1, writes=1),
+        Kernel("take_scaled", _take_scaled_in, ("y",), reads=0.25, writes=1),
+        Kernel("argmax", _argmax_in, ("y",), reads=1),
+        Kernel("correct_count", _cross_entropy_in, ("count",), reads=1),
         Kernel(
             "adam_step",
             _adam_in,

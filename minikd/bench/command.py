@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--tuned-malloc", action="store_true", help="also with a malloc that keeps freed memory (glibc)")
     out = parser.add_argument_group("results")
     out.add_argument("--out", default="kernels.json", metavar="FILE.json", help="the picture stands beside it as .png")
+    out.add_argument("--add", action="store_true", help="keep what --out holds of other kernels, shapes and conditions")
     names = " and ".join(README)
     out.add_argument(
         "--update-readme",
@@ -66,11 +67,12 @@ def run(options: argparse.Namespace) -> int:
         "cases": [],
         "ratios": [],
     }
+    before = _before(path, report["machine"]) if options.add else []
     for key, reason in report["missing"].items():
         print(f"{CONTENDERS[key].label} is left out: {reason}", file=sys.stderr)
     failed = False
     with tempfile.TemporaryDirectory(prefix="minikd-bench-") as folder, contextlib.ExitStack() as ending:
-        ending.callback(_finish, report, path)
+        ending.callback(_finish, report, path, before)
         for task in tasks(options, report["missing"], folder):
             failed |= not _measure(task, report)
     return int(failed)
@@ -141,14 +143,46 @@ def _measure(task: Task, report: dict[str, Any]) -> bool:
     return True
 
 
-def _finish(report: dict[str, Any], path: Path) -> None:
+def _before(path: Path, machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases that the report at `path` holds already, if there is one.
+
+    Raises
+    ------
+    DataError : they are of another machine, or of other versions, and so cannot stand beside new ones.
+    """
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text())
+    for what in ("cpu", "cores", "cpu_level", "versions"):
+        if old["machine"][what] != machine[what]:
+            expected, fix = (
+                f"a report of {what} {machine[what]}",
+                "Write to another file with --out, or leave out --add.",
+            )
+            raise DataError(
+                "minikd bench", "--add", expected=expected, got=f"{old['machine'][what]} in {path}", fix=fix
+            )
+    cases: list[dict[str, Any]] = old["cases"]
+    return cases
+
+
+def _identity(case: dict[str, Any]) -> tuple[Any, ...]:
+    """What a case is of; alone, each peer has cases of its own."""
+    alone = list(case["contenders"]) if CONDITIONS[case["condition"]].alone else []
+    return (case["kernel"], *case["shape"], case["condition"], *alone)
+
+
+def _finish(report: dict[str, Any], path: Path, before: Sequence[dict[str, Any]]) -> None:
     """Print the tables and write the files, also of a run that was interrupted."""
     if not report["cases"]:
         return
-    report["ratios"] = ratios(report["cases"])
     for table in tables(report):
         show(table, sys.stdout)
         print()
+    new = {_identity(case) for case in report["cases"]}
+    report["cases"] += [case for case in before if _identity(case) not in new]
+    report["cases"].sort(key=lambda case: list(KERNELS).index(case["kernel"]))
+    report["ratios"] = ratios(report["cases"])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
     print(f"All figures are in {path}.")

@@ -56,7 +56,8 @@ class Contender(NamedTuple):
 _ALL = frozenset(KERNELS)
 _UPDATES = frozenset({"adam_step", "sgd_step"})
 _GELU = frozenset({"bias_gelu", "bias_gelu_vjp"})
-_LOSSES = frozenset({"distillation_loss", "cross_entropy", "kl_div"})
+_LOSSES = frozenset({"distillation_loss", "cross_entropy", "soft_cross_entropy", "kl_div"})
+_OTHERS = frozenset({"dropout", "take", "take_scaled", "argmax", "correct_count"})
 _SOFTMAX = frozenset({"softmax", "log_softmax"})
 
 _OURS = "minikd.bench.ours"
@@ -70,7 +71,7 @@ def _mine(label: str, form: str, kernels: frozenset[str]) -> Contender:
 CONTENDERS = {
     "c": _mine("minikd C kernel", "c", _ALL),
     "numba": _mine("minikd Numba kernel", "numba", _ALL),
-    "function": _mine("minikd function", "function", _LOSSES | _SOFTMAX | {"dropout"}),
+    "function": _mine("minikd function", "function", _LOSSES | _SOFTMAX | _OTHERS),
     "function-out": _mine("minikd function, grad_out", "function-out", _LOSSES),
     "torch": Contender("PyTorch eager", False, _TORCH, "eager", "torch", _TORCH_INSTALL, _ALL),
     "torch-out": Contender("PyTorch eager, out=", False, _TORCH, "out", "torch", _TORCH_INSTALL, _SOFTMAX),

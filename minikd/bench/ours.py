@@ -17,10 +17,15 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         F.distillation_loss, temperature=TEMPERATURE, hard_weight=HARD_WEIGHT, soft_weight=SOFT_WEIGHT
     ),
     "cross_entropy": F.cross_entropy,
+    "soft_cross_entropy": F.cross_entropy,
     "kl_div": F.kl_div,
     "softmax": F.softmax,
     "log_softmax": F.log_softmax,
     "dropout": partial(F.dropout, p=DROPPED, step=STEP),
+    "take": F.take,
+    "take_scaled": F.take_scaled,
+    "argmax": F.argmax,
+    "correct_count": F.correct_count,
 }
 
 

@@ -66,6 +66,10 @@ def cross_entropy(logits: Any, target: Any) -> Any:
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=1).mean()
 
 
+def soft_cross_entropy(logits: Any, target: Any) -> Any:
+    return -(target * jax.nn.log_softmax(logits)).sum() / len(logits)
+
+
 def kl_div(log_p: Any, q: Any) -> Any:
     return (xlogy(q, q) - q * log_p).sum() / len(q)
 
@@ -81,6 +85,16 @@ def distillation_loss(student: Any, teacher: Any, target: Any) -> Any:
 
 def bias_relu_vjp(dy: Any, y: Any) -> tuple[Any, Any]:
     dx = jnp.where(y > 0, dy, 0)
+    return dx, dx.sum(axis=0)
+
+
+def bias_tanh_vjp(dy: Any, y: Any) -> tuple[Any, Any]:
+    dx = dy * (1 - y * y)
+    return dx, dx.sum(axis=0)
+
+
+def bias_sigmoid_vjp(dy: Any, y: Any) -> tuple[Any, Any]:
+    dx = dy * y * (1 - y)
     return dx, dx.sum(axis=0)
 
 
@@ -112,6 +126,7 @@ def sgd_step(w: Any, v: Any, g: Any) -> tuple[Any, Any]:
 LOSSES: dict[str, Callable[..., Any]] = {
     "distillation_loss": distillation_loss,
     "cross_entropy": cross_entropy,
+    "soft_cross_entropy": soft_cross_entropy,
     "kl_div": kl_div,
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -121,8 +136,16 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "log_softmax_vjp": lambda dy, y: dy - jnp.exp(y) * dy.sum(axis=1, keepdims=True),
     "bias_relu": lambda x, b: jnp.maximum(x + b, 0),
     "bias_relu_vjp": bias_relu_vjp,
+    "bias_tanh": lambda x, b: jnp.tanh(x + b),
+    "bias_tanh_vjp": bias_tanh_vjp,
+    "bias_sigmoid": lambda x, b: jax.nn.sigmoid(x + b),
+    "bias_sigmoid_vjp": bias_sigmoid_vjp,
     "bias_gelu": lambda x, b: jax.nn.gelu(x + b, approximate=False),
     "bias_gelu_vjp": bias_gelu_vjp,
     "dropout": dropout,
+    "take": lambda x, rows: jnp.take(x, rows, axis=0, mode="clip"),
+    "take_scaled": lambda x, rows, scale, shift: jnp.take(x, rows, axis=0, mode="clip") * scale + shift,
+    "argmax": lambda x: x.argmax(axis=1),
+    "correct_count": lambda logits, target: (logits.argmax(axis=1) == target).sum(),
 }
 UPDATES: dict[str, Callable[..., Any]] = {"adam_step": adam_step, "sgd_step": sgd_step}

@@ -87,6 +87,18 @@ def cross_entropy(logits: Array, target: Array) -> tuple[Any, Array]:
     return loss, z
 
 
+def soft_cross_entropy(logits: Array, target: Array) -> tuple[Any, Array]:
+    z = logits - logits.max(axis=1, keepdims=True)
+    p = np.exp(z)
+    total = p.sum(axis=1, keepdims=True)
+    z -= np.log(total)
+    loss = -np.einsum("nc,nc->", target, z) / len(z)
+    p *= target.sum(axis=1, keepdims=True) / total
+    p -= target
+    p *= np.float32(1 / len(z))
+    return loss, p
+
+
 def kl_div(log_p: Array, q: Array) -> tuple[Any, Array]:
     n = len(q)
     log_q = np.log(np.where(q > 0, q, 1))
@@ -127,6 +139,35 @@ def bias_relu_vjp(dy: Array, y: Array) -> tuple[Array, Array]:
     return dx, dx.sum(axis=0)
 
 
+def bias_tanh(x: Array, b: Array) -> Array:
+    y = x + b
+    np.tanh(y, out=y)
+    return y
+
+
+def bias_tanh_vjp(dy: Array, y: Array) -> tuple[Array, Array]:
+    dx = np.square(y)
+    np.subtract(np.float32(1), dx, out=dx)
+    dx *= dy
+    return dx, dx.sum(axis=0)
+
+
+def bias_sigmoid(x: Array, b: Array) -> Array:
+    y = x + b
+    np.negative(y, out=y)
+    np.exp(y, out=y)
+    y += 1
+    np.reciprocal(y, out=y)
+    return y
+
+
+def bias_sigmoid_vjp(dy: Array, y: Array) -> tuple[Array, Array]:
+    dx = 1 - y
+    dx *= y
+    dx *= dy
+    return dx, dx.sum(axis=0)
+
+
 _RANDOM = np.random.default_rng(0)
 
 
@@ -134,6 +175,27 @@ def dropout(x: Array) -> tuple[Array, Array]:
     mask = (_RANDOM.random(x.shape, dtype=np.float32) >= DROPPED).astype(np.float32)
     mask *= np.float32(1 / (1 - DROPPED))
     return x * mask, mask
+
+
+# --- rows and classes ---
+
+
+def take(x: Array, rows: Array) -> Array:
+    return x.take(rows, axis=0)
+
+
+def take_scaled(x: Array, rows: Array, scale: Array, shift: Array) -> Array:
+    y = x.take(rows, axis=0) * scale
+    y += shift
+    return y
+
+
+def argmax(x: Array) -> Array:
+    return x.argmax(axis=1)
+
+
+def correct_count(logits: Array, target: Array) -> Any:
+    return np.count_nonzero(logits.argmax(axis=1) == target)
 
 
 # --- optimizers ---
@@ -166,10 +228,19 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "log_softmax": log_softmax,
     "log_softmax_vjp": log_softmax_vjp,
     "cross_entropy": cross_entropy,
+    "soft_cross_entropy": soft_cross_entropy,
     "kl_div": kl_div,
     "distillation_loss": distillation_loss,
     "bias_relu": bias_relu,
     "bias_relu_vjp": bias_relu_vjp,
+    "bias_tanh": bias_tanh,
+    "bias_tanh_vjp": bias_tanh_vjp,
+    "bias_sigmoid": bias_sigmoid,
+    "bias_sigmoid_vjp": bias_sigmoid_vjp,
     "dropout": dropout,
+    "take": take,
+    "take_scaled": take_scaled,
+    "argmax": argmax,
+    "correct_count": correct_count,
 }
 UPDATES: dict[str, Callable[..., None]] = {"adam_step": adam_step, "sgd_step": sgd_step}

@@ -75,6 +75,16 @@ def bias_relu_vjp(dy: Any, y: Any) -> tuple[Any, Any]:
     return dx, dx.sum(0)
 
 
+def bias_tanh_vjp(dy: Any, y: Any) -> tuple[Any, Any]:
+    dx = aten.tanh_backward(dy, y)
+    return dx, dx.sum(0)
+
+
+def bias_sigmoid_vjp(dy: Any, y: Any) -> tuple[Any, Any]:
+    dx = aten.sigmoid_backward(dy, y)
+    return dx, dx.sum(0)
+
+
 def bias_gelu_vjp(dy: Any, u: Any) -> tuple[Any, Any]:
     dx = aten.gelu_backward(dy, u)
     return dx, dx.sum(0)
@@ -83,6 +93,7 @@ def bias_gelu_vjp(dy: Any, u: Any) -> tuple[Any, Any]:
 LOSSES: dict[str, Callable[..., Any]] = {
     "distillation_loss": distillation_loss,
     "cross_entropy": F.cross_entropy,
+    "soft_cross_entropy": F.cross_entropy,
     "kl_div": partial(F.kl_div, reduction="batchmean"),
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -92,8 +103,16 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "log_softmax_vjp": lambda dy, y: aten._log_softmax_backward_data(dy, y, 1, dy.dtype),
     "bias_relu": lambda x, b: (x + b).relu_(),
     "bias_relu_vjp": bias_relu_vjp,
+    "bias_tanh": lambda x, b: (x + b).tanh_(),
+    "bias_tanh_vjp": bias_tanh_vjp,
+    "bias_sigmoid": lambda x, b: (x + b).sigmoid_(),
+    "bias_sigmoid_vjp": bias_sigmoid_vjp,
     "bias_gelu": lambda x, b: F.gelu(x + b),
     "bias_gelu_vjp": bias_gelu_vjp,
+    "take": lambda x, rows: x.index_select(0, rows),
+    "take_scaled": lambda x, rows, scale, shift: x.index_select(0, rows) * scale + shift,
+    "argmax": lambda x: x.argmax(1),
+    "correct_count": lambda logits, target: (logits.argmax(1) == target).sum(),
     "dropout": lambda x: torch.native_dropout(x, DROPPED, True),
 }
 

@@ -33,6 +33,7 @@ THREAD_VARIABLES = (
     "OPENBLAS_NUM_THREADS",
     "MKL_NUM_THREADS",
     "NUMBA_NUM_THREADS",
+    "MINIKD_NUM_THREADS",
 )
 ONE_XLA_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 # Memory that was freed stays in the process, and large blocks are not mapped anew each time (glibc).
