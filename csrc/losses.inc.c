@@ -452,24 +452,47 @@ typedef struct {
     double p[LANES], q[LANES], apart[LANES], e[LANES];
 } ALIGNED row_sums;
 
+static void start_sums(row_sums *sums)
+{
+    SIMD
+    for (int l = 0; l < LANES; l++)
+        sums->p[l] = sums->q[l] = sums->apart[l] = sums->e[l] = 0;
+}
+
+/* The scores of student and teacher: whole steps where they lie, and the unfinished last step of a wide row filled up
+ * with classes of probability 0, or NULL. */
+typedef struct {
+    const real *s, *t, *rest_s, *rest_t;
+    int64_t whole;
+} score_steps;
+
+static int64_t all_steps(const score_steps *z)
+{
+    return z->whole + (z->rest_s != NULL);
+}
+
 /* The weights p and q, and e where it is COMPUTED, and their sums. In each call hard_weights is a constant, so that the
  * loop has no branch. Meanwhile the next row is fetched, which is c further on. */
-INLINE void add_steps(row_sums *sums, real *p, real *q, real *e, const real *z_s, const real *z_t, int64_t steps,
-                      const distillation *d, enum hard_weights hard_weights)
+INLINE void add_steps(row_sums *sums, real *p, real *q, real *e, const score_steps *z, const distillation *d,
+                      enum hard_weights hard_weights)
 {
+    const score_steps scores = *z;
     const softening student = d->student, teacher = d->teacher, hard = d->hard;
     const real ratio = (real)(d->inverse_s / d->inverse_t);
-    const int64_t together = d->c <= NARROW ? FEW : STEPS;
+    const int64_t steps = all_steps(z), together = d->c <= NARROW ? FEW : STEPS;
     for (int64_t first = 0; first < steps; first += together) {
-        const int64_t end = smaller(first + together, steps) * LANES;
+        const int64_t end = smaller(first + together, steps);
         real sum_p[LANES] ALIGNED = {0}, sum_q[LANES] ALIGNED = {0};
         real sum_apart[LANES] ALIGNED = {0}, sum_e[LANES] ALIGNED = {0};
-        for (int64_t j = first * LANES; j < end; j += LANES) {
-            FETCH(z_s + j + d->c);
-            FETCH(z_t + j + d->c);
+        for (int64_t k = first; k < end; k++) {
+            const int64_t j = k * LANES;
+            const real *z_s = k < scores.whole ? scores.s + j : scores.rest_s;
+            const real *z_t = k < scores.whole ? scores.t + j : scores.rest_t;
+            FETCH(scores.s + j + d->c);
+            FETCH(scores.t + j + d->c);
             SIMD
             for (int l = 0; l < LANES; l++) {
-                const real below_s = z_s[j + l] - sums->top_s[l], below_t = z_t[j + l] - sums->top_t[l];
+                const real below_s = z_s[l] - sums->top_s[l], below_t = z_t[l] - sums->top_t[l];
                 const real pl = quick_weight(&student, below_s), ql = quick_weight(&teacher, below_t);
                 const real term = ql * fused(-ratio, below_s, below_t);
                 p[j + l] = pl;
@@ -496,27 +519,26 @@ INLINE void add_steps(row_sums *sums, real *p, real *q, real *e, const real *z_s
     }
 }
 
-static void add_to_sums(row_sums *sums, real *p, real *q, real *e, const real *z_s, const real *z_t, int64_t steps,
-                        const distillation *d)
+static void add_to_sums(row_sums *sums, real *p, real *q, real *e, const score_steps *z, const distillation *d)
 {
     switch (d->hard_weights) {
     case SQUARED_0:
-        add_steps(sums, p, q, e, z_s, z_t, steps, d, SQUARED_0);
+        add_steps(sums, p, q, e, z, d, SQUARED_0);
         break;
     case SQUARED_1:
-        add_steps(sums, p, q, e, z_s, z_t, steps, d, SQUARED_1);
+        add_steps(sums, p, q, e, z, d, SQUARED_1);
         break;
     case SQUARED_2:
-        add_steps(sums, p, q, e, z_s, z_t, steps, d, SQUARED_2);
+        add_steps(sums, p, q, e, z, d, SQUARED_2);
         break;
     case SQUARED_3:
-        add_steps(sums, p, q, e, z_s, z_t, steps, d, SQUARED_3);
+        add_steps(sums, p, q, e, z, d, SQUARED_3);
         break;
     case COMPUTED:
-        add_steps(sums, p, q, e, z_s, z_t, steps, d, COMPUTED);
+        add_steps(sums, p, q, e, z, d, COMPUTED);
         break;
     default:
-        add_steps(sums, p, q, e, z_s, z_t, steps, d, NO_LABELS);
+        add_steps(sums, p, q, e, z, d, NO_LABELS);
     }
 }
 
@@ -659,13 +681,17 @@ INLINE real log_ratio(const near_rows *near, int l, real z_s, real z_t)
 /* kl += Σ q·(e^δ - 1 - δ), which is KL(q ‖ p) because Σp = Σq: no term is negative, nothing cancels when p ≈ q.
  * Near δ = 0 the terms come from the series; where q = 0 they are p. */
 INLINE void add_near_steps(double *kl, const near_rows *near, const row_sums *sums, const real *p, const real *q,
-                           const real *z_s, const real *z_t, int64_t steps, int same_temperature)
+                           const score_steps *z, int same_temperature)
 {
+    const score_steps scores = *z;
     const near_rows fixed = *near;
-    for (int64_t j = 0; j < steps * LANES; j += LANES) {
+    for (int64_t k = 0; k < all_steps(z); k++) {
+        const int64_t j = k * LANES;
+        const real *z_s = k < scores.whole ? scores.s + j : scores.rest_s;
+        const real *z_t = k < scores.whole ? scores.t + j : scores.rest_t;
         SIMD
         for (int l = 0; l < LANES; l++) {
-            const real zs = z_s[j + l], zt = z_t[j + l];
+            const real zs = z_s[l], zt = z_t[l];
             const real pl = p[j + l] * fixed.per_p[l], ql = q[j + l] * fixed.per_q[l];
             const real apart = fused(zs - sums->top_s[l], fixed.inverse, fixed.shift[l]) - (zt - sums->top_t[l]);
             const real delta = same_temperature ? log_ratio(&fixed, l, zs, zt) : apart;
@@ -676,12 +702,12 @@ INLINE void add_near_steps(double *kl, const near_rows *near, const row_sums *su
 }
 
 static void add_near(double *kl, const near_rows *near, const row_sums *sums, const real *p, const real *q,
-                     const real *z_s, const real *z_t, int64_t steps)
+                     const score_steps *z)
 {
     if (near->same_temperature)
-        add_near_steps(kl, near, sums, p, q, z_s, z_t, steps, 1);
+        add_near_steps(kl, near, sums, p, q, z, 1);
     else
-        add_near_steps(kl, near, sums, p, q, z_s, z_t, steps, 0);
+        add_near_steps(kl, near, sums, p, q, z, 0);
 }
 
 /* The losses of `count` ≤ LANES narrow rows, whose labels are y (-1 for none, and in the lanes without a row); dz are
@@ -692,18 +718,20 @@ static void distillation_tile(const distillation *d, double *loss, real *dz, con
     const int64_t c = d->c;
     real tile_s[NARROW * LANES] ALIGNED, tile_t[NARROW * LANES] ALIGNED;
     real p[NARROW * LANES] ALIGNED, q[NARROW * LANES] ALIGNED, e[NARROW * LANES] ALIGNED;
-    row_sums sums = {{0}, {0}, {0}, {0}, {0}, {0}};
+    row_sums sums;
     row_results results;
     load_tile(tile_s, z_s, c, count);
     load_tile(tile_t, z_t, c, count);
     maxima(sums.top_s, tile_s, c);
     maxima(sums.top_t, tile_t, c);
-    add_to_sums(&sums, p, q, e, tile_s, tile_t, c, d);
+    const score_steps z = {tile_s, tile_t, NULL, NULL, c};
+    start_sums(&sums);
+    add_to_sums(&sums, p, q, e, &z, d);
     if (results_of(&results, loss, &sums, d, z_s, y, LANES)) {
         near_rows near;
         double kl[LANES] = {0};
         near_rows_of(&near, &sums, &results, d, LANES);
-        add_near(kl, &near, &sums, p, q, tile_s, tile_t, c);
+        add_near(kl, &near, &sums, p, q, &z);
         for (int l = 0; l < LANES; l++)
             results.kl[l] = !(results.kl[l] < FAR_APART) ? results.kl[l] : kl[l] < 0 ? 0 : kl[l];
     }
@@ -727,9 +755,8 @@ static void gather_sums(row_sums *sums)
 
 /* KL(q ‖ p) of a wide row whose soft labels nearly agree. */
 static double near_kl(const distillation *d, const row_sums *sums, const row_results *results, const row_memory *row,
-                      const real *z_s, const real *z_t, const real *rest_s, const real *rest_t)
+                      const score_steps *z)
 {
-    const int64_t steps = d->c / LANES, whole = steps * LANES;
     double kl[LANES] = {0};
     near_rows near;
     near_rows_of(&near, sums, results, d, 1);
@@ -737,9 +764,7 @@ static double near_kl(const distillation *d, const row_sums *sums, const row_res
     fill(near.per_q, LANES, near.per_q[0]);
     fill(near.shift, LANES, near.shift[0]);
     fill(near.shift_rest, LANES, near.shift_rest[0]);
-    add_near(kl, &near, sums, row->p, row->q, z_s, z_t, steps);
-    if (whole < d->c)
-        add_near(kl, &near, sums, row->p + whole, row->q + whole, rest_s, rest_t, 1);
+    add_near(kl, &near, sums, row->p, row->q, z);
     const double total = across(kl);
     return total < 0 ? 0 : total;
 }
@@ -750,19 +775,20 @@ static void distillation_row(const distillation *d, const row_memory *row, doubl
 {
     const int64_t c = d->c, steps = c / LANES, whole = steps * LANES;
     real *p = row->p, *q = row->q, *e = row->e, rest_s[LANES] ALIGNED, rest_t[LANES] ALIGNED;
-    row_sums sums = {{0}, {0}, {0}, {0}, {0}, {0}};
+    row_sums sums;
     row_results results;
-    fill(sums.top_s, LANES, maximum(z_s, c));
-    fill(sums.top_t, LANES, maximum(z_t, c));
-    add_to_sums(&sums, p, q, e, z_s, z_t, steps, d);
+    const score_steps z = {z_s, z_t, whole < c ? rest_s : NULL, rest_t, steps};
     if (whole < c) {
         load_rest(rest_s, z_s, c);
         load_rest(rest_t, z_t, c);
-        add_to_sums(&sums, p + whole, q + whole, e + whole, rest_s, rest_t, 1, d);
     }
+    fill(sums.top_s, LANES, maximum(z_s, c));
+    fill(sums.top_t, LANES, maximum(z_t, c));
+    start_sums(&sums);
+    add_to_sums(&sums, p, q, e, &z, d);
     gather_sums(&sums);
     if (results_of(&results, loss, &sums, d, z_s, &y, 1))
-        results.kl[0] = near_kl(d, &sums, &results, row, z_s, z_t, rest_s, rest_t);
+        results.kl[0] = near_kl(d, &sums, &results, row, &z);
     *loss += d->soft_scale * results.kl[0];
     if (!dz)
         return;
