@@ -454,7 +454,6 @@ typedef struct {
 
 static void start_sums(row_sums *sums)
 {
-    SIMD
     for (int l = 0; l < LANES; l++)
         sums->p[l] = sums->q[l] = sums->apart[l] = sums->e[l] = 0;
 }
