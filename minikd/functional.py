@@ -54,6 +54,8 @@ ROWS_TO_LOOK_AT = 32
 
 def _temperature(where: str, value: Any) -> float:
     """The temperature as a float, or an error if it is not a finite number above 0."""
+    if type(value) is float and 0 < value < math.inf:
+        return value
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -65,6 +67,8 @@ def _temperature(where: str, value: Any) -> float:
 
 def _between(where: str, argument: str, value: Any, low: float, high: float, expected: str) -> float:
     """A number from `low` to `high` as a float; anything else is refused."""
+    if type(value) is float and low <= value <= high:
+        return value
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -408,7 +412,8 @@ def distillation_loss(
     inputs = (student_logits, teacher_logits, target, *scalars)
     known = recall(where, inputs, attrs, save)
     if known is not None:
-        _warn_of_probabilities(where, student_logits=student_logits, teacher_logits=teacher_logits)
+        if _look_like_probabilities(student_logits) or _look_like_probabilities(teacher_logits):
+            _warn_of_probabilities(where, student_logits=student_logits, teacher_logits=teacher_logits)
         return _result(*known.run(inputs, _gradient_out(where, grad_out, student_logits)))
     student, teacher = (
         _rows_of_logits(where, name, x)

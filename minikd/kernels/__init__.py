@@ -365,13 +365,13 @@ class Prepared:
 def recall(name: str, inputs: Sequence[Any], attrs: dict[str, Any], save: bool = True) -> Prepared | None:
     """The operation as it was prepared for inputs that look exactly like these and need no conversion, if it was.
 
-    Inputs of such a look went through all checks before; what is left to check are values.
+    Inputs of such a look went through all checks before; what is left to check are values. `attrs` are all attributes,
+    in the order of the table.
     """
     if type(inputs[0]) is not np.ndarray:
         return None
-    found: Prepared | None = _current().prepared.recall(
-        (name, save, *{**OPS[name].attrs, **attrs}.values(), *look_of(inputs))
-    )
+    used = _in_use[0] if _in_use else _current()
+    found: Prepared | None = used.prepared.recall((name, save, *attrs.values(), *look_of(inputs)))
     return found
 
 
@@ -392,10 +392,11 @@ def execute(
     gradient : an array to be used as the (only) saved value instead of a fresh one.
     real : decides between float32 and float64; without it the inputs do.
     """
+    attrs = {**op.attrs, **attrs}
     prepared = recall(op.name, inputs, attrs, save)
     if prepared is None or (real is not None and real != prepared.real):
         inputs, real = prepare(op, inputs, real)
-        prepared = recall(op.name, inputs, attrs, save) or _learn(op, inputs, {**op.attrs, **attrs}, save, real)
+        prepared = recall(op.name, inputs, attrs, save) or _learn(op, inputs, attrs, save, real)
     written, outs = prepared.run(inputs, gradient), len(op.outs)
     return written[:outs], written[outs:], inputs
 
