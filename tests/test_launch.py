@@ -286,7 +286,7 @@ def test_arrays_of_a_subclass_can_be_bound_and_are_never_taken_for_plain_ones() 
 
 
 def records_of(name: str, *buffers: Any) -> Any:
-    prepared = recall(name, buffers, {})
+    prepared = recall(name, buffers, OPS[name].attrs)
     assert prepared is not None
     return prepared.launch.free
 
