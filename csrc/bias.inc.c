@@ -163,14 +163,29 @@ INLINE real gelu_slope(real u)
 
 /* --- the loops that they share --- */
 
+/* Narrow rows are taken LANES at a time, as one row that is a whole number of vectors long. */
+static int64_t rows_together(int64_t m, int64_t rows)
+{
+    return m <= NARROW && m % LANES != 0 && rows >= LANES ? LANES : 1;
+}
+
+/* b, `times` times one after the other, at `repeated`; b itself if that is once. */
+static const real *repeat(real *repeated, const real *b, int64_t m, int64_t times)
+{
+    for (int64_t k = 0; b && times > 1 && k < times; k++)
+        memcpy(repeated + k * m, b, (size_t)m * sizeof(real));
+    return b && times > 1 ? repeated : b;
+}
+
 /* u = x + b;  y = f(u) for the elements first … end - 1.  y may be x. */
 INLINE void forward(real (*f)(real), const minikd_call *call, int64_t first, int64_t end)
 {
-    real *y = call->buffer[0];
-    const real *x = call->buffer[1], *b = call->buffer[2];
-    const int64_t m = call->size[1];
+    real *y = call->buffer[0], repeated[NARROW * LANES];
+    const real *x = call->buffer[1];
+    const int64_t m = call->size[1], times = m ? rows_together(m, (end - first) / m) : 1, period = m * times;
+    const real *b = repeat(repeated, call->buffer[2], m, times);
     for (int64_t at = first; at < end;) {
-        const int64_t column = at % m, count = smaller(m - column, end - at);
+        const int64_t column = at % period, count = smaller(period - column, end - at);
         real *y_row = y + at;
         const real *x_row = x + at, *b_row = b + column;
         SIMD
@@ -206,14 +221,15 @@ INLINE void backward_tile(real (*slope)(real), const backward_work *work, int64_
     real *dx = work->call->buffer[0], *db = work->call->buffer[1];
     const real *dy = work->call->buffer[2], *v = work->v;
     const int64_t n = work->call->size[0], m = work->call->size[1];
-    const int64_t band = tile / work->blocks, first = tile % work->blocks * COLUMNS, count = smaller(m - first, COLUMNS);
-    const int64_t top = band * work->band, bottom = smaller(top + work->band, n);
-    const real *b = work->b ? work->b + first : NULL;
+    const int64_t band = tile / work->blocks, first = tile % work->blocks * COLUMNS, columns = smaller(m - first, COLUMNS);
+    const int64_t top = band * work->band, bottom = smaller(top + work->band, n), times = rows_together(m, bottom - top);
+    real unused[COLUMNS], repeated[NARROW * LANES];
     double total[COLUMNS];
-    real unused[COLUMNS];
-    for (int64_t j = 0; j < count; j++)
+    const real *b = repeat(repeated, work->b ? work->b + first : NULL, m, times);
+    for (int64_t j = 0; j < columns * times; j++)
         total[j] = 0;
-    for (int64_t at = top * m + first; at < bottom * m; at += m) {
+    for (int64_t at = top * m + first; at < bottom * m; at += m * times) {
+        const int64_t count = times > 1 ? smaller(m * times, bottom * m - at) : columns;
         real *du = dx ? dx + at : unused;
         const real *dy_row = dy + at, *v_row = v + at;
         if (b) {
@@ -231,10 +247,12 @@ INLINE void backward_tile(real (*slope)(real), const backward_work *work, int64_
                 total[j] += du[j];
         }
     }
+    for (int64_t j = columns; j < columns * times; j++)
+        total[j % columns] += total[j];
     if (work->sums)
-        memcpy(work->sums + band * m + first, total, (size_t)count * sizeof(double));
+        memcpy(work->sums + band * m + first, total, (size_t)columns * sizeof(double));
     else if (db)
-        for (int64_t j = 0; j < count; j++)
+        for (int64_t j = 0; j < columns; j++)
             db[first + j] = (real)total[j];
 }
 
