@@ -2,63 +2,102 @@
 
 #include "rows.h"
 
-/* An integer that orders as x does, with NaN above infinity: among integers a maximum takes no care of NaN. */
+/* An integer as wide as real, so that a comparison of one chooses between the other. */
 #ifdef MINIKD_DOUBLE
-typedef int64_t key;
-#define NAN_KEY INT64_MAX
-#define ABOVE_SIGN INT64_MAX
+typedef int64_t place;
 #else
-typedef int32_t key;
-#define NAN_KEY INT32_MAX
-#define ABOVE_SIGN INT32_MAX
+typedef int32_t place;
 #endif
 
-INLINE key key_of(real x)
+static int has_nan(const real *z, int64_t c)
 {
-    key k;
-    const real positive_zero = x + 0; /* -0 and 0 are a tie */
-    memcpy(&k, &positive_zero, sizeof k);
-    k = k < 0 ? (key)(k ^ ABOVE_SIGN) : k;
-    return x == x ? k : NAN_KEY;
+    place found = 0;
+    SIMD_OR(found)
+    for (int64_t j = 0; j < c; j++)
+        found |= z[j] != z[j];
+    return found != 0;
 }
 
-/* The first j with z_j = max z; NaN is the largest. */
-static int64_t first_largest(const real *z, int64_t c)
+#define LOOKED_AT 128 /* elements that are looked through at a time */
+
+/* The first element that is x, which there is; blocks that do not hold it are passed over as a whole. */
+static int64_t first_equal(const real *z, int64_t c, real x)
 {
-    const int64_t whole = c - c % LANES;
-    key lane[LANES], top;
-    for (int l = 0; l < LANES; l++)
-        lane[l] = key_of(z[0]);
-    for (int64_t j = 0; j < whole; j += LANES) {
-        SIMD
-        for (int l = 0; l < LANES; l++) {
-            const key k = key_of(z[j + l]);
-            lane[l] = k > lane[l] ? k : lane[l];
-        }
-    }
-    top = lane[0];
-    for (int l = 1; l < LANES; l++)
-        top = lane[l] > top ? lane[l] : top;
-    for (int64_t j = whole; j < c; j++)
-        top = key_of(z[j]) > top ? key_of(z[j]) : top;
     int64_t j = 0;
-    while (key_of(z[j]) != top)
+    for (place found = 0; !found; j += LOOKED_AT) {
+        const int64_t end = smaller(c, j + LOOKED_AT);
+        SIMD_OR(found)
+        for (int64_t k = j; k < end; k++)
+            found |= z[k] == x;
+        if (found)
+            break;
+    }
+    while (z[j] != x)
         j++;
     return j;
+}
+
+static int64_t first_nan(const real *z)
+{
+    int64_t j = 0;
+    while (z[j] == z[j])
+        j++;
+    return j;
+}
+
+/* The first j with z_j = max z, where NaN is the largest. */
+static int64_t first_largest(const real *z, int64_t c)
+{
+    return has_nan(z, c) ? first_nan(z) : first_equal(z, c, maximum(z, c));
+}
+
+/* The same for `count` ≤ LANES narrow rows. */
+static void first_largest_of_tile(int64_t *y, const real *z, int64_t c, int64_t count)
+{
+    real tile[NARROW * LANES] ALIGNED, top[LANES] ALIGNED;
+    place at[LANES] ALIGNED, nan[LANES] ALIGNED;
+    load_tile(tile, z, c, count);
+    for (int l = 0; l < LANES; l++) {
+        top[l] = tile[l];
+        nan[l] = tile[l] != tile[l];
+        at[l] = 0;
+    }
+    for (int64_t j = 1; j < c; j++) {
+        const place here = (place)j;
+        SIMD
+        for (int l = 0; l < LANES; l++) {
+            const real zl = tile[j * LANES + l];
+            const int better = zl > top[l];
+            top[l] = better ? zl : top[l];
+            at[l] = better ? here : at[l];
+            nan[l] |= zl != zl;
+        }
+    }
+    for (int64_t l = 0; l < count; l++)
+        y[l] = nan[l] ? first_largest(z + l * c, c) : at[l];
+}
+
+static void first_largest_of_rows(int64_t *y, const real *z, int64_t c, int64_t count)
+{
+    if (c <= NARROW)
+        first_largest_of_tile(y, z, c, count);
+    for (int64_t l = 0; c > NARROW && l < count; l++)
+        y[l] = first_largest(z + l * c, c);
 }
 
 static void argmax_part(void *shared, int64_t first, int64_t end)
 {
     const minikd_call *call = shared;
     const int64_t c = call->size[1];
-    for (int64_t i = first; i < end; i++)
-        ((int64_t *)call->buffer[0])[i] = first_largest((const real *)call->buffer[1] + i * c, c);
+    for (int64_t i = first; i < end; i += LANES)
+        first_largest_of_rows((int64_t *)call->buffer[0] + i, (const real *)call->buffer[1] + i * c, c,
+                              smaller(end - i, LANES));
 }
 
 /* y = the first j with x_j = max x */
 static int64_t argmax(const minikd_call *call)
 {
-    minikd_parallel(argmax_part, (void *)call, call->size[0], rows_of_range(call->size[0], call->size[1], 10, 0.2));
+    minikd_parallel(argmax_part, (void *)call, call->size[0], rows_of_range(call->size[0], call->size[1], 10, 0.1));
     return MINIKD_DONE;
 }
 
@@ -73,10 +112,13 @@ static void correct_count_part(void *shared, int64_t first, int64_t end)
 {
     correct_count_job *job = shared;
     const int64_t *target = job->call->buffer[2], c = job->call->size[1];
-    int64_t correct = 0;
-    for (int64_t i = first; i < end; i++)
-        correct += target[i] != job->call->attribute.ignore_index
-                   && first_largest((const real *)job->call->buffer[1] + i * c, c) == target[i];
+    int64_t correct = 0, y[LANES];
+    for (int64_t i = first; i < end; i += LANES) {
+        const int64_t count = smaller(end - i, LANES);
+        first_largest_of_rows(y, (const real *)job->call->buffer[1] + i * c, c, count);
+        for (int64_t l = 0; l < count; l++)
+            correct += target[i + l] != job->call->attribute.ignore_index && y[l] == target[i + l];
+    }
     job->partial[first / job->grain] = (double)correct;
 }
 
@@ -89,7 +131,7 @@ static int64_t correct_count(const minikd_call *call)
         return wrong;
     correct_count_job job;
     job.call = call;
-    job.grain = rows_of_range(n, c, 10, 0.2);
+    job.grain = rows_of_range(n, c, 10, 0.1);
     minikd_parallel(correct_count_part, &job, n, job.grain);
     *(int64_t *)call->buffer[0] = (int64_t)in_order(job.partial, n, job.grain);
     return MINIKD_DONE;

@@ -178,6 +178,17 @@ static void maxima(real *top, const real *z, int64_t steps)
         top[l] = larger(larger(largest[l], largest[l + LANES]), larger(largest[l + 2 * LANES], largest[l + 3 * LANES]));
 }
 
+/* The largest of the lanes, which are used up. */
+INLINE real largest_of_lanes(real *lane)
+{
+    for (int width = LANES / 2; width > 0; width /= 2) {
+        SIMD_SHORT
+        for (int l = 0; l < width; l++)
+            lane[l] = larger(lane[l + width], lane[l]);
+    }
+    return lane[0];
+}
+
 /* The largest element of a row; NaN is passed over. What is left behind the last whole step is looked at with the
  * elements before it once more. */
 static real maximum(const real *z, int64_t c)
@@ -188,12 +199,7 @@ static real maximum(const real *z, int64_t c)
         lane[0] = larger(z[l], lane[0]);
     for (int64_t l = 0; c % LANES && c > LANES && l < LANES; l++)
         lane[l] = larger(z[c - LANES + l], lane[l]);
-    for (int width = LANES / 2; width > 0; width /= 2) {
-        SIMD_SHORT
-        for (int l = 0; l < width; l++)
-            lane[l] = larger(lane[l + width], lane[l]);
-    }
-    return lane[0];
+    return largest_of_lanes(lane);
 }
 
 /* --- softmax(z/T) of a row: weight_j / Σ weight, weight_j = exp((z_j - max z)/T) --- */
