@@ -349,7 +349,7 @@ static void kl_terms(real *term, real *dinput, const real *input, const real *ta
     } else {
         SIMD
         for (int64_t j = 0; j < count; j++) {
-            const real qj = target[j], log_ratio = (real)(logarithm(qj) - input[j]);
+            const real qj = target[j], log_ratio = log_minus(qj, input[j]);
             q[j] = qj;
             term[j] = qj == 0 ? 0 : qj * log_ratio;
         }

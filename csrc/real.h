@@ -252,4 +252,25 @@ INLINE double logarithm(double x)
     return x > 0 && x <= DBL_MAX ? log_x : special;
 }
 
+/* log x - y for x ≥ 0. In float the large parts k·ln 2 and y are taken from one another before log m, in which nothing
+ * is lost where they are nearly equal; of x = 0 and of infinity it is a finite number, and NaN only of x < 0. */
+INLINE real log_minus(real x, real y)
+{
+#ifdef MINIKD_DOUBLE
+    return logarithm(x) - y;
+#else
+    const real normal = x < FLT_MIN ? x * 0x1p23f : x, root_half = 0.70710678f;
+    const bits exponent = (to_bits(normal) + (to_bits(1.0f) - to_bits(root_half))) >> MANTISSA; /* k + 127 */
+    const real m = from_bits(to_bits(normal) - (exponent << MANTISSA) + to_bits(1.0f));
+    const real k = (from_bits(to_bits(ROUNDER) | exponent) - ROUNDER) - (x < FLT_MIN ? BIAS + MANTISSA : BIAS);
+    const real s = (m - 1) / (m + 1), s2 = s * s;
+    real q = 2 / 9.0f;
+    q = fused(q, s2, 2 / 7.0f);
+    q = fused(q, s2, 2 / 5.0f);
+    q = fused(q, s2, 2 / 3.0f);
+    const real log_m = fused(s * s2, q, 2 * s), apart = fused(k, LN2_HIGH, -y);
+    return x < 0 ? (real)NAN : apart + fused(k, LN2_LOW, log_m);
+#endif
+}
+
 #endif

@@ -103,6 +103,19 @@ def test_exp_is_right_where_numbers_end(level: str, dtype: str) -> None:
     assert units_in_the_last_place(exponential(level, denormal), exact) <= 1.1
 
 
+@each_level
+def test_the_logarithm_of_float_probabilities_is_right_also_where_the_students_is_nearly_the_same(level: str) -> None:
+    rng = np.random.default_rng(8)
+    q = np.concatenate([np.exp(rng.uniform(-103, 0, 4000)), 1 - rng.uniform(0, 1e-3, 500), [1.0, 1e-45]])
+    q = q.astype(np.float32)[None]
+    for near in (1e-7, 1e-3, 10.0):
+        log_p = (np.log(q.astype(np.float64)) - near * rng.normal(size=q.shape)).astype(np.float32)
+        term = np.empty_like(q)
+        run(level, "kl_div", term, None, log_p, q, reduction="none")
+        apart = np.log(q.astype(np.float64)) - log_p
+        assert np.all(np.abs(term - q * apart) <= q * (2e-7 * np.abs(apart) + 6e-8) + 1e-42)
+
+
 # --- every level of instructions ---
 
 
