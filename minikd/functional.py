@@ -512,7 +512,8 @@ def linear_distillation_loss(
     temperature, hard_weight, soft_weight, scale_t2, log_target, ignore_index, label_smoothing : see
         `distillation_loss`.
     reduction : "mean" or "sum", as in `distillation_loss`: the means are over all rows, not over those of a chunk.
-    chunk_rows : rows of a chunk; None takes as many as make 16 MiB of logits. It changes the result by rounding only.
+    chunk_rows : rows of a chunk; None takes as many as make 48 MiB of logits and gradient. It changes the result by
+        rounding only.
     return_grad : with arrays only, return (loss, gradients) with the gradients as a `Projection`.
 
     Raises

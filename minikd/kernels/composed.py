@@ -7,7 +7,7 @@ kernel of the backend in use.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,20 +21,21 @@ Run = Callable[..., None]
 
 # --- linear and distillation loss, in chunks of rows ---
 
-# What one buffer of a chunk's logits may take: large enough for full speed in the matrix products.
-BYTES_OF_LOGITS = 16 * 2**20
+# What a chunk's logits may take, those of student and teacher and the gradient together: large enough for full speed
+# in the matrix products.
+BYTES_OF_LOGITS = 48 * 2**20
 # Fewer rows than this make the products slow, however many classes there are.
 FEWEST_ROWS = 16
 # What the product for one block of the weight's gradient may take: it is added up while it is in the cache.
 BYTES_OF_BLOCK = 2**20
 
 
-def chunks(n: int, row_bytes: int, chunk_rows: int | None) -> Iterator[slice]:
-    """The rows 0 … n - 1 in chunks of this many rows, or of as many as the buffers allow, then of equal length."""
-    if chunk_rows is None:
-        most = max(FEWEST_ROWS, BYTES_OF_LOGITS // row_bytes)
-        chunk_rows = math.ceil(n / math.ceil(n / most))
-    return (slice(a, min(a + chunk_rows, n)) for a in range(0, n, chunk_rows))
+def chunks(n: int, row_bytes: int, chunk_rows: int | None) -> list[slice]:
+    """The rows 0 … n - 1 in chunks of this many, or else of as many as the buffers allow, then all equally long."""
+    if chunk_rows is not None:
+        return [slice(a, min(a + chunk_rows, n)) for a in range(0, n, chunk_rows)]
+    count = math.ceil(n / max(FEWEST_ROWS, BYTES_OF_LOGITS // row_bytes))
+    return [slice(n * k // count, n * (k + 1) // count) for k in range(count)]
 
 
 def _project(run: Run, out: Any, hidden: Any, weight: Any, bias: Any) -> Any:
@@ -88,9 +89,10 @@ def _linear_distillation_loss(
     hard = float(hard_weight) * row_scale(labelled, reduction)
     soft = float(soft_weight) * row_scale(n, reduction)
 
-    parts = list(chunks(n, c * real.itemsize, chunk_rows))
-    most = parts[0].stop
     wants_gradient = any(x is not None for x in (hidden_gradient, weight_gradient, bias_gradient))
+    buffers = 1 + wants_gradient + (teacher_logits is None)
+    parts = chunks(n, buffers * c * real.itemsize, chunk_rows)
+    most = max(rows.stop - rows.start for rows in parts)
     student = np.empty((most, c), real)
     gradient = np.empty((most, c), real) if wants_gradient else None
     teacher = np.empty((most, c), real) if teacher_logits is None else None
