@@ -167,7 +167,7 @@ static void cross_entropy_tile(const smoothed_label *label, double *loss, real *
     double total[LANES] ALIGNED, log_total[LANES] ALIGNED, per_total[LANES] ALIGNED;
     load_tile(tile, z, c, count);
     maxima(top, tile, c);
-    tile_weights(tile, total, tile, top, c, &s);
+    tile_weights(tile, total, tile, top, c, 1, &s); /* in double, or a loss near 0 would be 0 */
     SIMD
     for (int l = 0; l < LANES; l++) {
         log_total[l] = logarithm(total[l]);

@@ -415,12 +415,13 @@ static void store_tile(real *rows, const real *tile, int64_t c, int64_t count)
     transpose(rows, c, tile, LANES, c, count);
 }
 
-/* e = exp((z - top)/T) of a tile and total = Σ e of each row. e may be z. */
-static void tile_weights(real *e, double *total, const real *tile, const real *top, int64_t c, const softening *s)
+/* e = exp((z - top)/T) of a tile and total = Σ e of each row, of which `together` are added up in real. e may be z. */
+static void tile_weights(real *e, double *total, const real *tile, const real *top, int64_t c, int64_t together,
+                         const softening *s)
 {
     for (int l = 0; l < LANES; l++)
         total[l] = 0;
-    add_weights(total, e, tile, c, FEW, s, top, 0);
+    add_weights(total, e, tile, c, together, s, top, 0);
 }
 
 #endif

@@ -8,7 +8,7 @@ static void softmax_tile(real *y, const real *x, int64_t c, int64_t count, const
     double total[LANES] ALIGNED;
     load_tile(tile, x, c, count);
     maxima(top, tile, c);
-    tile_weights(tile, total, tile, top, c, s);
+    tile_weights(tile, total, tile, top, c, FEW, s);
     for (int l = 0; l < LANES; l++)
         scale[l] = (real)(1 / total[l]);
     for (int64_t j = 0; j < c; j++) {
@@ -154,7 +154,7 @@ static void log_softmax_tile(real *y, const real *x, int64_t c, int64_t count, c
     double total[LANES] ALIGNED;
     load_tile(tile, x, c, count);
     maxima(top, tile, c);
-    tile_weights(e, total, tile, top, c, s);
+    tile_weights(e, total, tile, top, c, FEW, s);
     SIMD
     for (int l = 0; l < LANES; l++)
         log_total[l] = (real)logarithm(total[l]);

@@ -104,6 +104,26 @@ def test_exp_is_right_where_numbers_end(level: str, dtype: str) -> None:
 
 
 @each_level
+def test_the_logarithm_of_a_double_is_within_2_ulp(level: str) -> None:
+    """Taken from kl_div, whose terms are q·(log q - input)."""
+    rng = np.random.default_rng(9)
+    q = np.concatenate([np.exp(rng.uniform(-708, 0, 4000)), 2.0 ** -np.arange(1022), 1 - rng.uniform(0, 1e-6, 200)])
+    power = 2.0 ** np.round(-np.log2(q))  # so that q·power is about 1, and the product with log q is not rounded away
+    term = np.empty((1, q.size))
+    run(level, "kl_div", term, None, np.zeros((1, q.size)), q[None], reduction="none")
+    with mp.workdps(40):
+        exact = np.array(
+            [
+                float(mp.mpf(float(x)) * mp.log(mp.mpf(float(x))) * mp.mpf(float(s)))
+                for x, s in zip(q, power, strict=True)
+            ]
+        )
+    error = np.abs(term[0] * power - exact)
+    # one more for the product, which is rounded too
+    assert np.all(error <= 3 * np.spacing(np.abs(exact)))
+
+
+@each_level
 def test_the_logarithm_of_float_probabilities_is_right_also_where_the_students_is_nearly_the_same(level: str) -> None:
     rng = np.random.default_rng(8)
     q = np.concatenate([np.exp(rng.uniform(-103, 0, 4000)), 1 - rng.uniform(0, 1e-3, 500), [1.0, 1e-45]])
@@ -114,6 +134,18 @@ def test_the_logarithm_of_float_probabilities_is_right_also_where_the_students_i
         run(level, "kl_div", term, None, log_p, q, reduction="none")
         apart = np.log(q.astype(np.float64)) - log_p
         assert np.all(np.abs(term - q * apart) <= q * (2e-7 * np.abs(apart) + 6e-8) + 1e-42)
+
+
+@each_level
+@pytest.mark.parametrize("classes", [2, 101])
+def test_the_loss_of_an_almost_certain_float_row_keeps_its_digits(level: str, classes: int) -> None:
+    below = np.linspace(0, 60, 121, dtype=np.float32)
+    z = np.full((below.size, classes), -np.inf, np.float32)
+    z[:, 0], z[:, 1] = 0, -below
+    loss = np.empty(below.size, np.float32)
+    run(level, "cross_entropy", loss, None, z, np.zeros(below.size, np.int64), None, reduction="none")
+    # 1 + e^-x is taken in double, so that it is 1 from x = 37 on
+    np.testing.assert_allclose(loss, np.log1p(np.exp(-below.astype(np.float64))), rtol=1e-6, atol=3e-16)
 
 
 # --- every level of instructions ---
