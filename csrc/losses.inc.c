@@ -36,16 +36,14 @@ static real reduced(double total, double divisor, enum minikd_reduction reductio
     return divisor != 0 ? (real)(total / divisor) : 0;
 }
 
-/* Σ of the losses of some rows, each of which is also written to loss unless that is NULL. */
-static double add_rows(real *loss, const double *row, int64_t count)
+/* Σ of the losses of `count` ≤ LANES rows, each of which is also written to loss unless that is NULL. */
+static double add_rows(real *loss, double *row, int64_t count)
 {
-    double total = 0;
-    for (int64_t l = 0; l < count; l++) {
-        total += row[l];
-        if (loss)
-            loss[l] = (real)row[l];
-    }
-    return total;
+    for (int64_t l = 0; loss && l < count; l++)
+        loss[l] = (real)row[l];
+    for (int64_t l = count; l < LANES; l++)
+        row[l] = 0;
+    return across(row);
 }
 
 /* Σ_j w_j·(z_j - top), where a class with w_j = 0 adds exactly 0; w may be NULL for 1. */
@@ -221,7 +219,7 @@ static void cross_entropy_part(void *shared, int64_t first, int64_t end)
     for (int64_t i = first; i < end; i += LANES) {
         const int64_t count = smaller(end - i, LANES);
         int64_t y[LANES];
-        double row[LANES];
+        double row[LANES] ALIGNED;
         labels_or_none(y, target + i, count, call->attribute.ignore_index);
         cross_entropy_rows(&job->label, row, gradient ? gradient + i * c : NULL, z + i * c, y, c, count, job->scale);
         total += add_rows(call->attribute.reduction == MINIKD_NONE ? loss + i : NULL, row, count);
@@ -848,7 +846,7 @@ static void distillation_part(void *shared, int64_t first, int64_t end)
     for (int64_t i = first; i < end; i += LANES) {
         const int64_t count = smaller(end - i, LANES), at = i * c;
         int64_t y[LANES];
-        double losses[LANES];
+        double losses[LANES] ALIGNED;
         labels_or_none(y, target ? target + i : NULL, count, call->attribute.ignore_index);
         distillation_rows(d, &row, losses, gradient ? gradient + at : NULL, z_s + at, z_t + at, y, count);
         total += add_rows(call->attribute.reduction == MINIKD_NONE ? loss + i : NULL, losses, count);

@@ -45,7 +45,7 @@ def _blas() -> str:
 
 
 def _backends() -> Iterator[tuple[str, str]]:
-    """Each backend with its state, the CPU level of the C kernels, and what it leaves to NumPy."""
+    """Each backend with its state, the CPU level and threads of the C kernels, and what it leaves to NumPy."""
     total = len(kernel_names())
     for name, status in backends().items():
         if not status.available:
@@ -53,7 +53,9 @@ def _backends() -> Iterator[tuple[str, str]]:
             continue
         text = "in use" if status.default else "available"
         if name == "c":
-            text += f", kernels for {importlib.import_module('minikd.kernels.native').cpu_level()}"
+            native = importlib.import_module("minikd.kernels.native")
+            threads = native.threads()
+            text += f", kernels for {native.cpu_level()} on up to {threads} thread{'s' * (threads != 1)}"
         if status.fallbacks:
             text += f", {total - len(status.fallbacks)} of {total} kernels; NumPy runs {_in_words(status.fallbacks)}"
         yield name, text
