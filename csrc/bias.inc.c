@@ -163,10 +163,12 @@ INLINE real gelu_slope(real u)
 
 /* --- the loops that they share --- */
 
+#define FEW_COLUMNS (3 * LANES) /* up to which what is left of a row behind whole vectors costs most of the time */
+
 /* Narrow rows are taken LANES at a time, as one row that is a whole number of vectors long. */
 static int64_t rows_together(int64_t m, int64_t rows)
 {
-    return m <= NARROW && m % LANES != 0 && rows >= LANES ? LANES : 1;
+    return m <= FEW_COLUMNS && m % LANES != 0 && rows >= LANES ? LANES : 1;
 }
 
 /* b, `times` times one after the other, at `repeated`; b itself if that is once. */
@@ -180,7 +182,7 @@ static const real *repeat(real *repeated, const real *b, int64_t m, int64_t time
 /* u = x + b;  y = f(u) for the elements first … end - 1.  y may be x. */
 INLINE void forward(real (*f)(real), const minikd_call *call, int64_t first, int64_t end)
 {
-    real *y = call->buffer[0], repeated[NARROW * LANES];
+    real *y = call->buffer[0], repeated[FEW_COLUMNS * LANES];
     const real *x = call->buffer[1];
     const int64_t m = call->size[1], times = m ? rows_together(m, (end - first) / m) : 1, period = m * times;
     const real *b = repeat(repeated, call->buffer[2], m, times);
@@ -223,7 +225,7 @@ INLINE void backward_tile(real (*slope)(real), const backward_work *work, int64_
     const int64_t n = work->call->size[0], m = work->call->size[1];
     const int64_t band = tile / work->blocks, first = tile % work->blocks * COLUMNS, columns = smaller(m - first, COLUMNS);
     const int64_t top = band * work->band, bottom = smaller(top + work->band, n), times = rows_together(m, bottom - top);
-    real unused[COLUMNS], repeated[NARROW * LANES];
+    real unused[COLUMNS], repeated[FEW_COLUMNS * LANES];
     double total[COLUMNS];
     const real *b = repeat(repeated, work->b ? work->b + first : NULL, m, times);
     for (int64_t j = 0; j < columns * times; j++)

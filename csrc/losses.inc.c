@@ -94,7 +94,7 @@ INLINE void hard_losses(const smoothed_label *label, double *loss, real *factor,
     for (int64_t l = 0; l < count; l++, z += c) {
         peak[l] = y[l] < 0 ? 0 : label_peak(label, y[l]);
         below_top[l] = peak[l] == 0 ? 0 : (double)top[l] - z[y[l]];
-        if (y[l] >= 0 && base_sum != 0)
+        if (y[l] >= 0 && base != 0)
             others[l] = base * weighted_shifts(z, label->weight, c, top[l]);
     }
     SIMD
@@ -248,8 +248,8 @@ static int64_t cross_entropy(const minikd_call *call)
     job.scale = row_scale(divisor, a->reduction);
     job.grain = rows_of_range(n, c, 12, 0.5);
     minikd_parallel(cross_entropy_part, &job, n, job.grain);
-    if (a->reduction != MINIKD_NONE)
-        *(real *)call->buffer[0] = (real)in_order(job.partial, n, job.grain);
+    if (a->reduction != MINIKD_NONE) /* over no weight at all the mean is 0, whatever stands in the rows */
+        *(real *)call->buffer[0] = job.scale == 0 ? 0 : (real)in_order(job.partial, n, job.grain);
     return MINIKD_DONE;
 }
 
@@ -263,9 +263,9 @@ typedef struct {
     int64_t grain;
 } soft_cross_entropy_job;
 
-/* The loss of one row, given log Σ exp(z - top) in two forms, and Σ w·ỹ. */
-static double soft_cross_entropy_row(const soft_cross_entropy_job *job, const real *z, const real *target, real top,
-                                     double log_total, double *sum_y)
+/* -Σ w·ỹ·log softmax(z) of one wide row, given log_total = log Σ exp(z - top); adds Σ w·ỹ to sum_y. */
+static double soft_terms(const soft_cross_entropy_job *job, const real *z, const real *target, real top,
+                         double log_total, double *sum_y)
 {
     const int64_t c = job->call->size[1];
     const real *w = job->call->buffer[4], log_sum = (real)log_total;
@@ -287,30 +287,93 @@ static double soft_cross_entropy_row(const soft_cross_entropy_job *job, const re
     return row;
 }
 
+/* The losses of `count` ≤ LANES narrow rows; dz are their gradients, or NULL. */
+static void soft_cross_entropy_tile(const soft_cross_entropy_job *job, double *loss, real *dz, const real *z,
+                                    const real *target, int64_t count)
+{
+    const softening s = softened(1);
+    const int64_t c = job->call->size[1];
+    const real *w = job->call->buffer[4], scale = (real)job->scale;
+    real e[NARROW * LANES] ALIGNED, y[NARROW * LANES] ALIGNED, top[LANES] ALIGNED, factor[LANES] ALIGNED;
+    double total[LANES] ALIGNED, log_total[LANES] ALIGNED, row[LANES] ALIGNED, sum_y[LANES] ALIGNED = {0};
+    load_tile(e, z, c, count);
+    load_tile(y, target, c, count);
+    maxima(top, e, c);
+    real shifted[NARROW * LANES] ALIGNED;
+    for (int64_t j = 0; j < c; j++) {
+        const real wj = w ? w[j] : 1;
+        SIMD
+        for (int l = 0; l < LANES; l++) {
+            shifted[j * LANES + l] = e[j * LANES + l] - top[l];
+            y[j * LANES + l] = (job->peak * y[j * LANES + l] + job->base) * wj;
+        }
+    }
+    tile_weights(e, total, e, top, c, 1, &s);
+    SIMD
+    for (int l = 0; l < LANES; l++) {
+        log_total[l] = logarithm(total[l]);
+        row[l] = log_total[l] == log_total[l] ? 0 : log_total[l]; /* NaN stays, whatever the targets */
+    }
+    for (int64_t j = 0; j < c; j++) {
+        SIMD
+        for (int l = 0; l < LANES; l++) {
+            const real yl = y[j * LANES + l];
+            const double term = yl * (log_total[l] - shifted[j * LANES + l]);
+            row[l] += yl == 0 ? 0 : term;
+            sum_y[l] += yl;
+        }
+    }
+    SIMD
+    for (int l = 0; l < LANES; l++)
+        factor[l] = (real)(sum_y[l] * reciprocal(total[l]) * job->scale);
+    memcpy(loss, row, sizeof row);
+    if (!dz)
+        return;
+    for (int64_t j = 0; j < c; j++) {
+        SIMD
+        for (int l = 0; l < LANES; l++)
+            e[j * LANES + l] = e[j * LANES + l] * factor[l] - y[j * LANES + l] * scale;
+    }
+    store_tile(dz, e, c, count);
+}
+
+/* The loss of one wide row; dz is its gradient, or NULL. */
+static double soft_cross_entropy_row(const soft_cross_entropy_job *job, real *dz, const real *z, const real *target)
+{
+    const softening s = softened(1);
+    const int64_t c = job->call->size[1];
+    const real *w = job->call->buffer[4], peak = job->peak, base = job->base, scale = (real)job->scale;
+    const real top = maximum(z, c);
+    const double total = dz ? weights(dz, z, c, &s, top) : total_weight(z, c, &s, top);
+    double sum_y = 0;
+    const double loss = soft_terms(job, z, target, top, logarithm(total), &sum_y);
+    const real factor = (real)(sum_y / total * job->scale);
+    SIMD
+    for (int64_t j = 0; j < (dz ? c : 0); j++)
+        dz[j] = dz[j] * factor - (peak * target[j] + base) * (w ? w[j] : 1) * scale;
+    return loss;
+}
+
 static void soft_cross_entropy_part(void *shared, int64_t first, int64_t end)
 {
     soft_cross_entropy_job *job = shared;
     const minikd_call *call = job->call;
-    const real *w = call->buffer[4], peak = job->peak, base = job->base, scale = (real)job->scale;
+    real *loss = call->buffer[0], *gradient = call->buffer[1];
+    const real *z = call->buffer[2], *target = call->buffer[3];
     const int64_t c = call->size[1];
-    const softening s = softened(1);
-    double total_loss = 0;
-    for (int64_t i = first; i < end; i++) {
-        real *loss = call->buffer[0], *dz = call->buffer[1] ? (real *)call->buffer[1] + i * c : NULL;
-        const real *z = (const real *)call->buffer[2] + i * c, *target = (const real *)call->buffer[3] + i * c;
-        const real top = maximum(z, c);
-        const double total = dz ? weights(dz, z, c, &s, top) : total_weight(z, c, &s, top);
-        double sum_y = 0;
-        const double row = soft_cross_entropy_row(job, z, target, top, logarithm(total), &sum_y);
-        const real factor = (real)(sum_y / total * job->scale);
-        SIMD
-        for (int64_t j = 0; j < (dz ? c : 0); j++)
-            dz[j] = dz[j] * factor - (peak * target[j] + base) * (w ? w[j] : 1) * scale;
-        if (call->attribute.reduction == MINIKD_NONE)
-            loss[i] = (real)row;
-        total_loss += row;
+    double total = 0;
+    for (int64_t i = first; i < end; i += LANES) {
+        const int64_t count = smaller(end - i, LANES);
+        double row[LANES] ALIGNED;
+        if (c <= NARROW)
+            soft_cross_entropy_tile(job, row, gradient ? gradient + i * c : NULL, z + i * c, target + i * c, count);
+        for (int64_t l = 0; c > NARROW && l < count; l++) {
+            const int64_t at = (i + l) * c;
+            row[l] = soft_cross_entropy_row(job, gradient ? gradient + at : NULL, z + at, target + at);
+        }
+        total += add_rows(call->attribute.reduction == MINIKD_NONE ? loss + i : NULL, row, count);
     }
-    job->partial[first / job->grain] = total_loss;
+    job->partial[first / job->grain] = total;
 }
 
 /* loss = -Σ_c w_c·ỹ_c·log softmax(z)_c;  dz = softmax(z)·Σ w·ỹ - w·ỹ;  ỹ = (1-e)·y + e/C */
@@ -323,7 +386,7 @@ static int64_t soft_cross_entropy(const minikd_call *call)
     job.peak = (real)(1 - a->label_smoothing);
     job.base = (real)(a->label_smoothing / (double)c);
     job.scale = row_scale((double)n, a->reduction);
-    job.grain = rows_of_range(n, c, 100, 0.8);
+    job.grain = rows_of_range(n, c, 20, 0.8);
     minikd_parallel(soft_cross_entropy_part, &job, n, job.grain);
     if (a->reduction != MINIKD_NONE)
         *(real *)call->buffer[0] = reduced(in_order(job.partial, n, job.grain), (double)n, a->reduction);
@@ -402,8 +465,16 @@ static int64_t kl_div(const minikd_call *call)
 
 /* --- distillation --- */
 
-/* Higher temperatures are computed as this one: T²·KL and T·(p - q) have then reached their limits. */
+/* Higher temperatures are computed as this one: T²·KL and T·(p - q) have then reached their limits in double. In float
+ * p - q is rounded to 2^-24 of p, so that T·(p - q) has few digits left from T = 10⁴ on, and T²·KL from 10⁶. */
 #define LARGEST_TEMPERATURE 1e9
+
+#define LOWEST_LOGARITHM (-745.13) /* of the smallest number above 0 in double */
+
+static double within_real(double x)
+{
+    return x > REAL_MAX ? REAL_MAX : x < -REAL_MAX ? -REAL_MAX : x;
+}
 
 /* From here on KL(q ‖ p) of a row is taken as a difference of sums: cancellation costs it less than a millionth. */
 #define FAR_APART 0.2
@@ -432,6 +503,7 @@ typedef struct {
     double soft_factor;                      /* of p - q in the gradient */
     double inverse_s, inverse_t;             /* 1/T of the student, and of the teacher: 1 for log-probabilities */
     softening student, teacher, hard;        /* at these, and at 1 */
+    real lowest_t;                           /* a z_t - top_t below it has probability 0 also in double */
     enum hard_weights hard_weights;
     smoothed_label label;
     int past_caches; /* whether the gradient is too large for them */
@@ -475,7 +547,7 @@ INLINE void add_steps(row_sums *sums, real *p, real *q, real *e, const score_ste
 {
     const score_steps scores = *z;
     const softening student = d->student, teacher = d->teacher, hard = d->hard;
-    const real ratio = (real)(d->inverse_s / d->inverse_t);
+    const real ratio = (real)(d->inverse_s / d->inverse_t), lowest_t = d->lowest_t;
     const int64_t steps = all_steps(z), together = d->c <= NARROW ? FEW : STEPS;
     for (int64_t first = 0; first < steps; first += together) {
         const int64_t end = smaller(first + together, steps);
@@ -496,7 +568,7 @@ INLINE void add_steps(row_sums *sums, real *p, real *q, real *e, const score_ste
                 q[j + l] = ql;
                 sum_p[l] += pl;
                 sum_q[l] += ql;
-                sum_apart[l] += ql == 0 ? 0 : term;
+                sum_apart[l] += unless_below(below_t, lowest_t, term);
                 if (hard_weights <= SQUARED_3) {
                     sum_e[l] += squared(pl, hard_weights);
                 } else if (hard_weights == COMPUTED) {
@@ -590,7 +662,9 @@ INLINE int results_of(row_results *results, double *loss, const row_sums *sums, 
         per_e[l] = reciprocal(sums->e[l]);
         const double per_p = reciprocal(sums->p[l]), per_q = reciprocal(sums->q[l]);
         const double log_of_sums = logarithm(fused_double(sums->q[l] - sums->p[l], per_p, 1.0)); /* 0 if they agree */
-        results->kl[l] = sums->apart[l] * per_q * d->inverse_t - log_of_sums;
+        /* 0·∞ where the student rules a class out to which the teacher gives a probability too small for real */
+        const double apart = sums->apart[l] == sums->apart[l] ? sums->apart[l] : INFINITY;
+        results->kl[l] = apart * per_q * d->inverse_t - log_of_sums;
         results->log_of_sums[l] = log_of_sums;
         results->per_p[l] = (real)(d->soft_factor * per_p);
         results->per_q[l] = (real)(d->soft_factor * per_q);
@@ -707,6 +781,14 @@ static void add_near(double *kl, const near_rows *near, const row_sums *sums, co
         add_near_steps(kl, near, sums, p, q, z, 0);
 }
 
+/* KL(q ‖ p), given as a difference of sums and as a sum of terms that do not cancel. The sum is better where KL is small,
+ * unless the logits are so large that log p - log q, of which it is made, is lost. */
+static double nearer(double difference, double sum_of_terms)
+{
+    const double positive = difference > 0 ? difference : 0, terms = sum_of_terms > 0 ? sum_of_terms : 0;
+    return !(difference < FAR_APART) ? difference : terms < 2 * FAR_APART ? terms : positive;
+}
+
 /* The losses of `count` ≤ LANES narrow rows, whose labels are y (-1 for none, and in the lanes without a row); dz are
  * their gradients, or NULL. */
 static void distillation_tile(const distillation *d, double *loss, real *dz, const real *z_s, const real *z_t,
@@ -730,7 +812,7 @@ static void distillation_tile(const distillation *d, double *loss, real *dz, con
         near_rows_of(&near, &sums, &results, d, LANES);
         add_near(kl, &near, &sums, p, q, &z);
         for (int l = 0; l < LANES; l++)
-            results.kl[l] = !(results.kl[l] < FAR_APART) ? results.kl[l] : kl[l] < 0 ? 0 : kl[l];
+            results.kl[l] = nearer(results.kl[l], kl[l]);
     }
     for (int l = 0; l < LANES; l++)
         loss[l] += d->soft_scale * results.kl[l];
@@ -762,8 +844,7 @@ static double near_kl(const distillation *d, const row_sums *sums, const row_res
     fill(near.shift, LANES, near.shift[0]);
     fill(near.shift_rest, LANES, near.shift_rest[0]);
     add_near(kl, &near, sums, row->p, row->q, z);
-    const double total = across(kl);
-    return total < 0 ? 0 : total;
+    return nearer(results->kl[0], across(kl));
 }
 
 /* The loss of one wide row, whose label is y (-1 for none); dz is its gradient, or NULL. */
@@ -823,7 +904,7 @@ typedef struct {
     distillation d;
     double partial[MINIKD_RANGES];
     int64_t grain;
-    int no_memory;
+    char no_memory[MINIKD_RANGES];
 } distillation_job;
 
 static void distillation_part(void *shared, int64_t first, int64_t end)
@@ -838,7 +919,7 @@ static void distillation_part(void *shared, int64_t first, int64_t end)
     real here[3 * STACK_ROW] ALIGNED;
     real *memory = c <= NARROW ? here : scratch(here, 3 * STACK_ROW, 3 * padded);
     if (!memory) {
-        job->no_memory = 1;
+        job->no_memory[first / job->grain] = 1;
         return;
     }
     const row_memory row = {memory, memory + padded, memory + 2 * padded};
@@ -884,18 +965,19 @@ static int64_t distillation_loss(const minikd_call *call)
     d->soft_scale = per_soft * (a->scale_t2 ? t * t : 1);
     d->inverse_s = inverse_temperature(t);
     d->inverse_t = a->log_target ? 1 : d->inverse_s;
-    d->soft_factor = per_soft * (a->scale_t2 ? t : d->inverse_s);
+    d->soft_factor = within_real(per_soft * (a->scale_t2 ? t : d->inverse_s));
     d->student = softened(d->inverse_s);
     d->teacher = softened(d->inverse_t);
+    d->lowest_t = (real)within_real(LOWEST_LOGARITHM / d->inverse_t);
     d->hard = softened(1);
     d->hard_weights = hard_weights_of(labelled && d->hard_scale != 0, t);
     d->label = smoothed(a->label_smoothing, NULL, c);
     d->past_caches = too_large_for_caches(n * c);
     job.call = call;
-    job.no_memory = 0;
+    memset(job.no_memory, 0, sizeof job.no_memory);
     job.grain = rows_of_range(n, c, 20, 0.9);
     minikd_parallel(distillation_part, &job, n, job.grain);
-    if (job.no_memory)
+    if (memchr(job.no_memory, 1, sizeof job.no_memory))
         return MINIKD_NO_MEMORY;
     if (a->reduction != MINIKD_NONE)
         *(real *)call->buffer[0] = (real)in_order(job.partial, n, job.grain);

@@ -50,8 +50,8 @@ static void serially(minikd_part *part, void *shared, int64_t count, int64_t gra
 
 static int64_t wanted = 1; /* threads that a call may use, the calling one among them */
 
-static pthread_mutex_t taken; /* held by the call that has the pool */
-static pthread_mutex_t lock;  /* for all of the following but next */
+static pthread_mutex_t taken; /* held by the call that has the pool; for `started` */
+static pthread_mutex_t lock;  /* for places and working, and for handing over the job */
 static pthread_cond_t work_came, work_done;
 static int64_t started; /* threads that live, beside the calling ones */
 static int64_t places;  /* threads that may still join the call in work */

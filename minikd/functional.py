@@ -144,7 +144,7 @@ def _loss(name: str, inputs: Sequence[Any], return_grad: bool, grad_out: Any, **
     if any(isinstance(x, Tensor) for x in inputs):
         _refuse_return_grad(name, wants_grad)
         return apply(name, *inputs, **attrs)
-    gradient = _gradient_out(name, grad_out, inputs[0])
+    gradient = _gradient_out(name, grad_out, inputs)
     (loss,), (saved,), _ = execute(OPS[name], inputs, attrs, save=wants_grad, gradient=gradient)
     return _result(loss, saved)
 
@@ -162,15 +162,21 @@ def _result(loss: Any, gradient: Any) -> Any:
     return value if gradient is None else (value, gradient)
 
 
-def _gradient_out(name: str, grad_out: Any, logits: Any) -> Any:
+def _gradient_out(name: str, grad_out: Any, inputs: Sequence[Any]) -> Any:
+    """`grad_out`, once it is known to be a place for the gradient of the first input."""
     if grad_out is None:
         return None
+    logits = inputs[0]
     real = as_real(name, "logits", logits).dtype
     ok = isinstance(grad_out, np.ndarray) and grad_out.shape == np.shape(logits) and grad_out.dtype == real
     if not (ok and grad_out.flags.c_contiguous and grad_out.flags.writeable):
         expected = f"a writable C-contiguous {real} array of shape {np.shape(logits)}"
         got = f"{grad_out.dtype} of shape {grad_out.shape}" if hasattr(grad_out, "dtype") else repr(type(grad_out))
         raise ArgumentError(name, "grad_out", expected=expected, got=got)
+    if any(isinstance(x, np.ndarray) and np.may_share_memory(grad_out, x) for x in inputs):
+        fix = "Give it an array of its own: the gradient is written while the inputs are still read."
+        expected = "an array that shares no memory with the inputs"
+        raise ArgumentError(name, "grad_out", expected=expected, got="one that does", fix=fix)
     return grad_out
 
 
@@ -281,7 +287,7 @@ def cross_entropy(
     known = recall(where, (logits, target, weight), attrs, save)
     if known is not None:
         _warn_of_probabilities(where, logits=logits)
-        gradient = _gradient_out(where, grad_out, logits)
+        gradient = _gradient_out(where, grad_out, (logits, target, weight))
         return _result(*known.run((logits, target, weight), gradient))
     z = _rows_of_logits(where, "logits", logits)
     _choice(where, "reduction", reduction, ("mean", "sum", "none"))
@@ -331,7 +337,7 @@ def kl_div(
     save = return_grad or grad_out is not None
     known = recall(where, (input, target), attrs, save)
     if known is not None:
-        return _result(*known.run((input, target), _gradient_out(where, grad_out, input)))
+        return _result(*known.run((input, target), _gradient_out(where, grad_out, (input, target))))
     _choice(where, "reduction", reduction, ("batchmean", "mean", "sum", "none"))
     shape = _array(input, where, "input").shape
     if _array(target, where, "target").shape != shape:
@@ -342,7 +348,7 @@ def kl_div(
     rows = (shape[0], math.prod(shape[1:]))
     if shape != rows:
         if grad_out is not None:
-            grad_out = _gradient_out(where, grad_out, input).reshape(rows)
+            grad_out = _gradient_out(where, grad_out, (input, target)).reshape(rows)
         input, target = (x.reshape(rows) if isinstance(x, Tensor) else np.reshape(x, rows) for x in (input, target))
     result = _loss(where, (input, target), return_grad, grad_out, reduction=reduction, log_target=bool(log_target))
     if shape == rows:
@@ -379,7 +385,8 @@ def distillation_loss(
         A teacher known by its probabilities only is given as their logarithm; -inf is probability 0 at every T.
     target : (n,) class ids, (n, c) class probabilities, or None for no hard term.
     temperature : T > 0; 4 by default, within the range of 2.5 to 20 that Hinton et al. found useful. Above 1e9 it is
-        computed as 1e9, where the limit of formula 6 is reached to nine digits.
+        computed as 1e9, where the limit of formula 6 is reached to nine digits in float64. In float32 p - q is rounded
+        to 2^-24 of p: from T = 1e4 on little of T·(p - q) is left, and from 1e6 on of T²·KL; use float64 there.
     hard_weight, soft_weight : the two weights, never derived from one another ("alpha" weights the hard term in some
         toolkits and the soft term in others). A weight of 0 leaves its term out.
     reduction : "mean" is the mean of the hard term over labelled rows plus the mean of the soft term over all rows;
@@ -414,7 +421,7 @@ def distillation_loss(
     if known is not None:
         if _look_like_probabilities(student_logits) or _look_like_probabilities(teacher_logits):
             _warn_of_probabilities(where, student_logits=student_logits, teacher_logits=teacher_logits)
-        return _result(*known.run(inputs, _gradient_out(where, grad_out, student_logits)))
+        return _result(*known.run(inputs, _gradient_out(where, grad_out, inputs)))
     student, teacher = (
         _rows_of_logits(where, name, x)
         for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits))
@@ -434,6 +441,7 @@ def distillation_loss(
         "ignore_index": int(ignore_index),
     }
     if soft and scalars[1]:
+        _gradient_out(where, grad_out, (student_logits, teacher_logits, labels))
         pair = (student_logits, teacher_logits)
         return _with_soft_target(*pair, labels, scalars, smoothing, attrs, return_grad, grad_out)
     labels = None if soft else labels
@@ -512,8 +520,8 @@ def linear_distillation_loss(
     temperature, hard_weight, soft_weight, scale_t2, log_target, ignore_index, label_smoothing : see
         `distillation_loss`.
     reduction : "mean" or "sum", as in `distillation_loss`: the means are over all rows, not over those of a chunk.
-    chunk_rows : rows of a chunk; None takes as many as make 48 MiB of logits and gradient. It changes the result by
-        rounding only.
+    chunk_rows : rows of a chunk; None takes as many as make 48 MiB of logits and gradient, but at least 16. It changes
+        the result by rounding only.
     return_grad : with arrays only, return (loss, gradients) with the gradients as a `Projection`.
 
     Raises
@@ -528,7 +536,8 @@ def linear_distillation_loss(
     scalars = [_temperature(where, temperature)]
     scalars += [_finite(where, a, w) for a, w in (("hard_weight", hard_weight), ("soft_weight", soft_weight))]
     _choice(where, "reduction", reduction, ("mean", "sum"))
-    if chunk_rows is not None and (not isinstance(chunk_rows, int | np.integer) or chunk_rows < 1):
+    whole = isinstance(chunk_rows, int | np.integer) and not isinstance(chunk_rows, bool)
+    if chunk_rows is not None and not (whole and chunk_rows >= 1):
         raise ArgumentError(where, "chunk_rows", expected="a whole number from 1, or None", got=repr(chunk_rows))
     attrs = {
         "reduction": reduction,

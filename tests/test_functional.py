@@ -284,6 +284,64 @@ def test_a_class_that_the_student_rules_out_and_the_target_does_not_costs_infini
 
 
 @each_float
+@pytest.mark.parametrize("classes", [2, 300])
+@pytest.mark.parametrize(("temperature", "far"), [(1.0, -100.0), (1.0, -88.0), (4.0, -400.0), (1.0, -720.0)])
+def test_a_class_that_the_teacher_thinks_most_unlikely_still_costs_infinity_if_the_student_rules_it_out(
+    dtype: Any, temperature: float, far: float, classes: int
+) -> None:
+    student, teacher = np.zeros((20, classes), dtype), np.zeros((20, classes), dtype)
+    student[3, 1], teacher[3, 1] = -np.inf, far
+    student[4, 1], teacher[4, 1] = -np.inf, -np.inf
+    loss = F.distillation_loss(student, teacher, temperature=temperature, reduction="none")
+    assert loss[3] == np.inf
+    np.testing.assert_allclose(np.delete(loss, 3), 0, atol=1e-12)
+
+
+@each_float
+@pytest.mark.parametrize("classes", [1, 3, 300])
+def test_rows_that_agree_cost_nothing_however_large_the_logits_are(dtype: Any, classes: int) -> None:
+    rng = np.random.default_rng(11)
+    student = np.full((4, classes), -1e30, dtype)
+    teacher = student.copy()
+    student[:, 0], teacher[:, 0] = 1e30 * rng.uniform(1, 3, 4), 1e30 * rng.uniform(1, 3, 4)
+    for temperature in (1.0, 20.0):
+        assert F.distillation_loss(student, teacher, temperature=temperature) == 0
+    if classes == 1:
+        assert F.distillation_loss(student, teacher, temperature=1e-30, scale_t2=False) == 0
+
+
+@each_float
+def test_a_mean_over_no_class_weight_is_zero_whatever_stands_in_the_rows(dtype: Any) -> None:
+    z, w = np.array([[0, -np.inf, 1]], dtype), np.array([0, 1, 1], dtype)
+    assert F.cross_entropy(z, [0], weight=w, label_smoothing=0.1) == 0
+
+
+@each_float
+def test_class_weights_that_sum_to_zero_still_weigh_the_smoothed_classes(dtype: Any) -> None:
+    z, w = np.array([[0, 1, 3]], dtype), np.array([1, -2, 1], dtype)
+    p = np.log(plain_softmax(z.astype(np.float64)))[0]
+    wanted = -(0.7 * w[0] * p[0] + 0.1 * (w * p).sum())
+    loss = F.cross_entropy(z, [0], weight=w, label_smoothing=0.3, reduction="sum")
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [3, 200])
+def test_a_gradient_is_not_written_over_an_input(classes: int) -> None:
+    z, t, y = random_logits(1, 4, classes), random_logits(2, 4, classes), np.zeros(4, int)
+    for call in (
+        lambda: F.cross_entropy(z, y, grad_out=z),
+        lambda: F.distillation_loss(z, t, y, grad_out=t),
+        lambda: F.distillation_loss(z, t, plain_softmax(t), grad_out=z),
+        lambda: F.kl_div(z, t, grad_out=z[:]),
+    ):
+        before = z.copy()
+        for _ in "twice":
+            with pytest.raises(ArgumentError, match="grad_out must be an array that shares no memory"):
+                call()
+        np.testing.assert_array_equal(z, before)
+
+
+@each_float
 def test_smoothing_puts_weight_on_a_masked_class_and_so_costs_infinity(dtype: Any) -> None:
     assert F.cross_entropy(np.array([[0, -np.inf]], dtype), [0], label_smoothing=0.1) == np.inf
 

@@ -717,3 +717,11 @@ def test_bind_refuses_a_read_only_array_where_it_writes_and_takes_one_where_it_r
 def test_the_page_of_operations_is_the_one_that_the_table_makes() -> None:
     written = (Path(__file__).parents[1] / "docs" / "operations.md").read_text("utf-8")
     assert written == page(), "run: python -m minikd.ops > docs/operations.md"
+
+
+def test_an_attribute_that_an_operation_does_not_have_is_refused(backend: str) -> None:
+    x = np.ones((2, 3), np.float32)
+    with pytest.raises(ArgumentError, match=r"softmax: temperatur must be left out: there are no attributes, got 3"):
+        bind("softmax", np.empty_like(x), x, np.array(1.0), temperatur=3)
+    with pytest.raises(ArgumentError, match=r"kl_div: reductio must be one of the attributes reduction, log_target"):
+        execute(OPS["kl_div"], [x, x], {"reductio": "sum"})

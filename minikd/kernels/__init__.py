@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from minikd.errors import BackendError, DTypeError, ShapeError
+from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError
 from minikd.kernels import composed
 from minikd.kernels.launch import Call, Launch, Launcher, Memo, as_arrays, binding_anew, look_of
 from minikd.kernels.reference import bind_reference
@@ -204,7 +204,13 @@ def run(name: str, *buffers: Any, **attrs: Any) -> None:
 
 def _complete(name: str, attrs: dict[str, Any]) -> dict[str, Any]:
     """All attributes of a kernel's operation, in the order of the table."""
-    return {**OPS[name.removesuffix("_vjp")].attrs, **attrs}
+    op = OPS[name.removesuffix("_vjp")]
+    complete = {**op.attrs, **attrs}
+    if len(complete) != len(op.attrs):
+        unknown = next(a for a in attrs if a not in op.attrs)
+        expected = f"one of the attributes {', '.join(op.attrs)}" if op.attrs else "left out: there are no attributes"
+        raise ArgumentError(op.name, unknown, expected=expected, got=repr(attrs[unknown]))
+    return complete
 
 
 def _approve(name: str, buffers: Sequence[Any], attrs: dict[str, Any]) -> None:
@@ -392,7 +398,7 @@ def execute(
     gradient : an array to be used as the (only) saved value instead of a fresh one.
     real : decides between float32 and float64; without it the inputs do.
     """
-    attrs = {**op.attrs, **attrs}
+    attrs = _complete(op.name, attrs)
     prepared = recall(op.name, inputs, attrs, save)
     if prepared is None or (real is not None and real != prepared.real):
         inputs, real = prepare(op, inputs, real)
