@@ -240,33 +240,45 @@ WEYL = np.uint64(PHILOX_WEYL[0]), np.uint64(PHILOX_WEYL[1])
 
 
 @part
-def philox(words: Any, first: int, count: int, key: Any, stream: Any, step: Any) -> None:
-    """Four random words for each of `count` counters from `first` on, as `minikd.ops.random.philox` draws them."""
+def philox(pairs: Any, first: int, count: int, key: Any, stream: Any, step: Any) -> None:
+    """Four random words for each of `count` counters from `first` on, as `minikd.ops.random.philox` draws them.
+
+    Two words stand in each of `pairs`, the earlier one in the low half. On the way b and d hold anything in their high
+    halves: a product takes the low ones, so that it is one instruction, and the halves are cut off once at the end.
+    """
     for k in range(count):
         block = np.uint64(first + k)
         a, b, c, d = block & LOW, block >> HALF_WORD, step & LOW, stream & LOW
         k0, k1 = key & LOW, key >> HALF_WORD
         for _ in range(PHILOX_ROUNDS):
-            one, two = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
+            one, two = (a & LOW) * MULTIPLIERS[0], (c & LOW) * MULTIPLIERS[1]
             a, c = (two >> HALF_WORD) ^ b ^ k0, (one >> HALF_WORD) ^ d ^ k1
-            b, d = two & LOW, one & LOW
+            b, d = two, one
             k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
-        words[4 * k], words[4 * k + 1], words[4 * k + 2], words[4 * k + 3] = a, b, c, d
+        pairs[2 * k] = (a & LOW) | (b << HALF_WORD)
+        pairs[2 * k + 1] = (c & LOW) | (d << HALF_WORD)
 
 
 @kernel
 def dropout(y: Any, mask: Any, x: Any, step: Any, p: float, seed: int, stream: int) -> int:
     """y = x·m,  m = [r ≥ p·2³²] / (1 - p),  r = philox(seed, stream, step, index)"""
     threshold = np.uint64(np.rint(p * 4294967296.0))
-    zero, scale = x.dtype.type(0), x.dtype.type(1.0 / (1.0 - p))
-    words = np.empty(4 * BLOCKS, np.uint32)
+    zero = x.dtype.type(0)
+    scale = zero if threshold > LOW else x.dtype.type(1.0 / (1.0 - p))  # 0: every element is dropped
+    least = np.uint32(threshold & LOW)
+    pairs = np.empty(2 * BLOCKS, np.uint64)
+    words, kept = pairs.view(np.uint32), np.empty(4 * BLOCKS, x.dtype)
     for first in range(0, x.size, words.size):
         count = min(words.size, x.size - first)
-        philox(words, first // 4, (count + 3) // 4, np.uint64(seed), np.uint64(stream), np.uint64(step[()]))
+        philox(pairs, first // 4, (count + 3) // 4, np.uint64(seed), np.uint64(stream), np.uint64(step[()]))
+        # From 0 up: of first + k Numba would ask whether it is below 0, and gather element by element.
+        y_here, mask_here, x_here = y[first:], mask[first:], x[first:]
         for k in range(count):
-            mask[first + k] = scale if words[k] >= threshold else zero
-        for k in range(first, first + count):
-            y[k] = x[k] * mask[k]
+            kept[k] = scale if words[k] >= least else zero
+        for k in range(count):
+            mask_here[k] = kept[k]
+        for k in range(count):
+            y_here[k] = x_here[k] * kept[k]
     return DONE
 
 
