@@ -6,13 +6,13 @@ array. A kernel returns 0, or a status that says which value it refuses; then it
 
 from __future__ import annotations
 
-from math import pi, sqrt
+from math import sqrt
 from typing import Any
 
 import numpy as np
 
-from minikd.kernels.jit_real import DONE, exact, exp, expm1, kernel, part
-from minikd.ops.elementwise import NORMAL_TAIL, NORMAL_TAIL_SHIFT
+from minikd.kernels.jit_normal import gelu, gelu_slope
+from minikd.kernels.jit_real import DONE, exp, expm1, kernel, part
 from minikd.ops.random import PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL
 
 # --- a bias and an activation: one traversal, and the bias gradient in the same pass backward ---
@@ -140,29 +140,6 @@ def bias_sigmoid_vjp(dx: Any, db: Any, dy: Any, y: Any, x: Any, b: Any) -> int:
     return DONE
 
 
-@exact
-def normal_tail(t: float) -> float:
-    """R(t) of `minikd.ops.elementwise`, in two halves, since Numba does not unroll a loop of 22."""
-    high, low = NORMAL_TAIL[-1], NORMAL_TAIL[10]
-    for coefficient in NORMAL_TAIL[-2:10:-1]:
-        high = high * t + coefficient
-    for coefficient in NORMAL_TAIL[9::-1]:
-        low = low * t + coefficient
-    return high * t**11 + low
-
-
-@exact
-def normal_cdf_and_density(x: float) -> tuple[float, float]:
-    """Φ(x) and φ(x) of the standard normal distribution, by the formula of `minikd.ops.elementwise`."""
-    z = 40.0 if abs(x) > 40.0 else abs(x)
-    t = (z - NORMAL_TAIL_SHIFT) / (z + NORMAL_TAIL_SHIFT)
-    tail = normal_tail(t)
-    bell = exp(-0.5 * z * z)
-    tail = bell * tail / (z + NORMAL_TAIL_SHIFT)
-    density = bell / sqrt(2 * pi)
-    return 1.0 - tail if x > 0 else tail, density
-
-
 @kernel
 def bias_gelu(y: Any, x: Any, b: Any) -> int:
     """u = x + b;  y = u·Φ(u)"""
@@ -170,9 +147,7 @@ def bias_gelu(y: Any, x: Any, b: Any) -> int:
     for i in range(x.shape[0]):
         add_bias(u, x, i, b)
         for j in range(u.size):
-            wide = np.float64(u[j])
-            cdf, _ = normal_cdf_and_density(wide)
-            y[i, j] = 0.0 if cdf == 0 else wide * cdf
+            y[i, j] = gelu(u[j])
     return DONE
 
 
@@ -184,9 +159,7 @@ def bias_gelu_vjp(dx: Any, db: Any, dy: Any, y: Any, x: Any, b: Any) -> int:
     for i in range(x.shape[0]):
         add_bias(u, x, i, b)
         for j in range(u.size):
-            wide = np.float64(u[j])
-            cdf, density = normal_cdf_and_density(wide)
-            du[j] = dy[i, j] * (cdf + (0.0 if density == 0 else wide * density))
+            du[j] = dy[i, j] * gelu_slope(u[j])
         keep(dx, db, i, du)
     return DONE
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from minikd.kernels.jit import CODES
-from minikd.kernels.jit_real import BAD_TEMPERATURE, DONE, LOG2_E, exact, exp64, exp_tail, kernel, log64, part
+from minikd.kernels.jit_real import BAD_TEMPERATURE, DONE, exact, exp64, exp_tail, kernel, log64, part
 from minikd.kernels.jit_rows import (
     LANES,
     NARROW,
@@ -20,8 +20,8 @@ from minikd.kernels.jit_rows import (
     inverse_temperature,
     load,
     log_probability,
-    rate_of,
     row_max,
+    softening,
     store,
     tile_max,
     tile_scaled,
@@ -86,11 +86,10 @@ def cross_entropy(
 ) -> int:  # fmt: skip
     """loss = -Σ_c w_c·ỹ_c·log softmax(z)_c;  dz = softmax(z)·Σ w·ỹ - w·ỹ;  ỹ = (1-e)·onehot(y) + e/C"""
     n, c = logits.shape
-    real = logits.dtype.type
     status = bad_label(target, c, ignore_index)
     if status:
         return status
-    peak, base, rate = 1.0 - label_smoothing, label_smoothing / c, real(LOG2_E)
+    peak, base, soft = 1.0 - label_smoothing, label_smoothing / c, softening(1.0, logits)
     divisor, sum_weight = 0.0, 0.0
     for i in range(n):
         if target[i] != ignore_index:
@@ -106,12 +105,12 @@ def cross_entropy(
     total_loss = 0.0
     for first in range(0, n, lanes):
         if c <= NARROW:
-            tile_softening(tile_e, total, top, tile, logits, first, rate)
+            tile_softening(tile_e, total, top, tile, logits, first, soft)
             for r in range(LANES):
                 log_total[r] = log64(total[r])
         else:
             top[0] = row_max(logits, first)
-            total[0] = weights(e, logits, first, top[0], rate)
+            total[0] = weights(e, logits, first, top[0], soft)
             log_total[0] = log(total[0])
 
         # the losses, and what each row's weights are multiplied by
@@ -147,14 +146,14 @@ def soft_cross_entropy(
     """loss = -Σ_c w_c·ỹ_c·log softmax(z)_c;  dz = softmax(z)·Σ w·ỹ - w·ỹ;  ỹ = (1-e)·y + e/C"""
     n, c = logits.shape
     real = logits.dtype.type
-    peak, base, rate = real(1.0 - label_smoothing), real(label_smoothing / c), real(LOG2_E)
+    peak, base, soft = real(1.0 - label_smoothing), real(label_smoothing / c), softening(1.0, logits)
     scale = row_scale(n, reduction)
 
     e, y = np.empty(c, logits.dtype), np.empty(c, logits.dtype)
     total_loss = 0.0
     for i in range(n):
         top = row_max(logits, i)
-        total = weights(e, logits, i, top, rate)
+        total = weights(e, logits, i, top, soft)
         log_total = log(total)
         for j in range(c):
             y[j] = (peak * target[i, j] + base) * (weight[j] if weight.size else real(1))
@@ -371,7 +370,7 @@ def distillation_loss(
     soft_loss, soft_factor = soft * (t * t if scale_t2 else 1.0), real(soft * (t if scale_t2 else inverse))
     peak, base = 1.0 - label_smoothing, label_smoothing / c
     doublings = 0 if t == 1 else 1 if t == 2 else 2 if t == 4 else 3 if t == 8 else -1
-    rate_s, rate = rate_of(t, student_logits), real(LOG2_E)
+    rate_s, rate = softening(t, student_logits), softening(1.0, student_logits)
     rate_t, inverse_t = (rate, 1.0) if log_target else (rate_s, inverse)
     plan = soft != 0, hard != 0, doublings, rate_s, rate_t, rate, inverse, inverse_t
 

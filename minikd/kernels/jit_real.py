@@ -12,8 +12,9 @@ from math import inf, nan
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import njit
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 DONE, BAD_TEMPERATURE = 0, -1  # any status above 0 is 1 + the first row whose label or number is out of range
 
@@ -43,6 +44,18 @@ def by_type(stub: Callable[..., Any], single: Callable[..., Any], double: Callab
     @overload(stub, jit_options={"forceinline": True, **EXACT_ORDER})
     def choose(x: Any) -> Callable[..., Any]:
         return single if getattr(x, "dtype", x).bitwidth == 32 else double
+
+
+@intrinsic
+def fused(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a·b + c, rounded once where the processor can do so at full speed, however often a·b is used elsewhere."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        real = arguments[0].type
+        function = builder.module.declare_intrinsic("llvm.fmuladd", (real,), ir.FunctionType(real, [real] * 3))
+        return builder.call(function, arguments)
+
+    return a(a, a, a), emit
 
 
 # --- the exponential ---
@@ -91,36 +104,91 @@ POWER_DOUBLE = tuple(
 ROUNDER_SINGLE, ROUNDER_DOUBLE = np.float32(1.5 * 2**23 + 127), 1.5 * 2**52 + 1023
 # Here and below 2^k is taken as 0.
 LOWEST_SINGLE, LOWEST_DOUBLE = np.float32(-88.0), -709.0
-LOWEST_POWER_SINGLE, LOWEST_POWER_DOUBLE = np.float32(-126.0), -1022.0
 ZERO_SINGLE, ONE_SINGLE, LOG2_E_SINGLE = np.float32(0.0), np.float32(1.0), np.float32(LOG2_E)
 
 
-def power_of_two(x: Any) -> Any:
-    """2^x for x ≤ 0, and 0 where that is below the smallest normal number."""
+def power_tail(x: Any) -> Any:
+    """(2^x - 1) / x for |x| ≤ 1/2."""
     raise TypeError("for compiled code only")
 
 
-def _power_of_two_single(x: Any) -> Any:
-    shifted = x + ROUNDER_SINGLE
-    f = x - (shifted - ROUNDER_SINGLE)
+def _power_tail_single(x: Any) -> Any:
     q = POWER_SINGLE[-1]
     for c in POWER_SINGLE[-2::-1]:
-        q = q * f + c
-    power = np.int32(np.float32(shifted).view(np.int32) << 23).view(np.float32)
-    return ZERO_SINGLE if x < LOWEST_POWER_SINGLE else power + power * f * q
+        q = q * x + c
+    return q
 
 
-def _power_of_two_double(x: Any) -> Any:
-    shifted = x + ROUNDER_DOUBLE
-    f = x - (shifted - ROUNDER_DOUBLE)
+def _power_tail_double(x: Any) -> Any:
     q = POWER_DOUBLE[-1]
     for c in POWER_DOUBLE[-2::-1]:
-        q = q * f + c
-    power = np.int64(np.float64(shifted).view(np.int64) << 52).view(np.float64)
-    return 0.0 if x < LOWEST_POWER_DOUBLE else power + power * f * q
+        q = q * x + c
+    return q
 
 
-by_type(power_of_two, _power_of_two_single, _power_of_two_double)
+by_type(power_tail, _power_tail_single, _power_tail_double)
+
+
+def rounder(x: Any) -> Any:
+    """What is added to round a number like x, as above."""
+    raise TypeError("for compiled code only")
+
+
+def zero_of(x: Any) -> Any:
+    """0 as a number like x."""
+    raise TypeError("for compiled code only")
+
+
+def power_in(x: Any) -> Any:
+    """2^k for x = k + rounder."""
+    raise TypeError("for compiled code only")
+
+
+def _rounder_single(x: Any) -> Any:
+    return ROUNDER_SINGLE
+
+
+def _rounder_double(x: Any) -> Any:
+    return ROUNDER_DOUBLE
+
+
+def _zero_single(x: Any) -> Any:
+    return ZERO_SINGLE
+
+
+def _zero_double(x: Any) -> Any:
+    return 0.0
+
+
+def _power_in_single(x: Any) -> Any:
+    return np.int32(np.float32(x).view(np.int32) << 23).view(np.float32)
+
+
+def _power_in_double(x: Any) -> Any:
+    return np.int64(np.float64(x).view(np.int64) << 52).view(np.float64)
+
+
+by_type(rounder, _rounder_single, _rounder_double)
+by_type(zero_of, _zero_single, _zero_double)
+by_type(power_in, _power_in_single, _power_in_double)
+
+
+@exact
+def power_of_two(d: Any, rate: Any, rest: Any, reach: Any) -> Any:
+    """2^(d·(rate + rest)) for d ≤ 0, and 0 where d is below reach."""
+    shifted = fused(d, rate, rounder(d))
+    f = fused(d, rest, fused(d, rate, rounder(d) - shifted))
+    power = power_in(shifted)
+    return zero_of(d) if d < reach else fused(power * f, power_tail(f), power)
+
+
+@exact
+def quick_power_of_two(d: Any, rate: Any, reach: Any) -> Any:
+    """The same without a rest of the rate."""
+    shifted = fused(d, rate, rounder(d))
+    f = fused(d, rate, rounder(d) - shifted)
+    power = power_in(shifted)
+    return zero_of(d) if d < reach else fused(power * f, power_tail(f), power)
 
 
 def exp_tail(x: Any) -> Any:
@@ -155,8 +223,7 @@ def _power_parts_single(x: Any) -> tuple[Any, Any]:
     shifted = high * LOG2_E_SINGLE + ROUNDER_SINGLE
     k = shifted - ROUNDER_SINGLE
     r = (high - k * LN2_SINGLE[0]) - k * LN2_SINGLE[1]
-    power = np.int32(np.float32(shifted).view(np.int32) << 23).view(np.float32)
-    return power, r + r * r * exp_tail(r)
+    return power_in(shifted), r + r * r * exp_tail(r)
 
 
 def _power_parts_double(x: Any) -> tuple[Any, Any]:
@@ -164,8 +231,7 @@ def _power_parts_double(x: Any) -> tuple[Any, Any]:
     shifted = high * LOG2_E + ROUNDER_DOUBLE
     k = shifted - ROUNDER_DOUBLE
     r = (high - k * LN2_DOUBLE[0]) - k * LN2_DOUBLE[1]
-    power = np.int64(np.float64(shifted).view(np.int64) << 52).view(np.float64)
-    return power, r + r * r * exp_tail(r)
+    return power_in(shifted), r + r * r * exp_tail(r)
 
 
 by_type(power_parts, _power_parts_single, _power_parts_double)

@@ -101,32 +101,32 @@ def store(y: Any, i: int, tile: Any) -> None:
             y[i + r, j] = tile[j, r]
 
 
-# --- softmax(z/T) = e / Σ e,  e = exp((z - max z)/T) = 2^((z - max z)·rate) ---
+# --- softmax(z/T) = e / Σ e,  e = exp((z - max z)/T) = 2^((z - max z)·log2(e)/T) ---
 
 
 @part
 def inverse_temperature(t: float, z: Any) -> Any:
     """1/T, kept inside what the dtype of z can hold, so that 0·(1/T) and -inf·(1/T) are never NaN."""
-    return within(1 / t, z)
-
-
-@part
-def rate_of(t: float, z: Any) -> Any:
-    """log2(e)/T, kept inside what the dtype of z can hold."""
-    return within(LOG2_E / t, z)
-
-
-@part
-def within(x: float, z: Any) -> Any:
     limits = np.finfo(z.dtype)
-    return z.dtype.type(min(max(x, float(limits.tiny)), float(limits.max)))
+    return z.dtype.type(min(max(1 / t, float(limits.tiny)), float(limits.max) / 2))
 
 
 @part
-def weights(e: Any, z: Any, i: int, top: Any, rate: Any) -> float:
+def softening(t: float, z: Any) -> tuple[Any, Any, Any]:
+    """What weights are computed with: log2(e)/T in two parts, and the lowest z - max z whose weight is above 0."""
+    limits = np.finfo(z.dtype)
+    inverse = min(max(1 / t, float(limits.tiny)), float(limits.max) / 2)
+    rate, reach = LOG2_E * inverse, log(float(limits.tiny)) / inverse
+    high = z.dtype.type(rate)
+    return high, z.dtype.type(rate - high), z.dtype.type(max(reach, -float(limits.max)))
+
+
+@part
+def weights(e: Any, z: Any, i: int, top: Any, soft: Any) -> float:
     """e = exp((z - max z)/T) of row i; returns Σ e, in float64. It is NaN if there is a NaN or no finite maximum."""
+    rate, rest, reach = soft
     for j in range(z.shape[1]):
-        e[j] = power_of_two((z[i, j] - top) * rate)
+        e[j] = power_of_two(z[i, j] - top, rate, rest, reach)
     total = 0.0
     for j in range(e.size):
         total += e[j]
@@ -134,11 +134,12 @@ def weights(e: Any, z: Any, i: int, top: Any, rate: Any) -> float:
 
 
 @part
-def tile_weights(e: Any, total: Any, z: Any, top: Any, rate: Any) -> None:
+def tile_weights(e: Any, total: Any, z: Any, top: Any, soft: Any) -> None:
     """The same for a tile z, with total = Σ e of each row; e and z are not the same."""
+    rate, rest, reach = soft
     for j in range(z.shape[0]):
         for r in range(LANES):
-            e[j, r] = power_of_two((z[j, r] - top[r]) * rate)
+            e[j, r] = power_of_two(z[j, r] - top[r], rate, rest, reach)
     for r in range(LANES):
         total[r] = 0.0
     for j in range(z.shape[0]):
@@ -147,11 +148,11 @@ def tile_weights(e: Any, total: Any, z: Any, top: Any, rate: Any) -> None:
 
 
 @part
-def tile_softening(e: Any, total: Any, top: Any, tile: Any, z: Any, i: int, rate: Any) -> None:
+def tile_softening(e: Any, total: Any, top: Any, tile: Any, z: Any, i: int, soft: Any) -> None:
     """Weights, sums and maxima of the narrow rows from i on, whose logits are then in `tile`."""
     load(tile, z, i)
     tile_max(top, tile)
-    tile_weights(e, total, tile, top, rate)
+    tile_weights(e, total, tile, top, soft)
 
 
 @exact
@@ -176,12 +177,12 @@ def softmax(y: Any, x: Any, temperature: Any) -> int:
     if not 0 < t < inf:
         return BAD_TEMPERATURE
     n, c = x.shape
-    rate = rate_of(t, x)
+    soft = softening(t, x)
     if c <= NARROW:
         tile, e = np.zeros((c, LANES), x.dtype), np.empty((c, LANES), x.dtype)
         top, scale, total = np.empty(LANES, x.dtype), np.empty(LANES, x.dtype), np.empty(LANES)
         for i in range(0, n, LANES):
-            tile_softening(e, total, top, tile, x, i, rate)
+            tile_softening(e, total, top, tile, x, i, soft)
             for r in range(LANES):
                 scale[r] = 1 / total[r]
             tile_scaled(e, scale)
@@ -189,7 +190,7 @@ def softmax(y: Any, x: Any, temperature: Any) -> int:
         return DONE
     row = np.empty(c, x.dtype)
     for i in range(n):
-        factor = x.dtype.type(1 / weights(row, x, i, row_max(x, i), rate))
+        factor = x.dtype.type(1 / weights(row, x, i, row_max(x, i), soft))
         for j in range(c):
             y[i, j] = row[j] * factor
     return DONE
@@ -221,12 +222,12 @@ def log_softmax(y: Any, x: Any, temperature: Any) -> int:
     if not 0 < t < inf:
         return BAD_TEMPERATURE
     n, c = x.shape
-    rate, inverse_t = rate_of(t, x), inverse_temperature(t, temperature)
+    soft, inverse_t = softening(t, x), inverse_temperature(t, temperature)
     if c <= NARROW:
         tile, e = np.zeros((c, LANES), x.dtype), np.empty((c, LANES), x.dtype)
         top, total = np.empty(LANES, x.dtype), np.empty(LANES)
         for i in range(0, n, LANES):
-            tile_softening(e, total, top, tile, x, i, rate)
+            tile_softening(e, total, top, tile, x, i, soft)
             for r in range(LANES):
                 total[r] = log64(total[r])
             for j in range(c):
@@ -237,7 +238,7 @@ def log_softmax(y: Any, x: Any, temperature: Any) -> int:
     row = np.empty(c, x.dtype)
     for i in range(n):
         top_i = row_max(x, i)
-        log_total = log(weights(row, x, i, top_i, rate))
+        log_total = log(weights(row, x, i, top_i, soft))
         for j in range(c):
             y[i, j] = log_probability(x[i, j], top_i, inverse_t, log_total)
     return DONE
