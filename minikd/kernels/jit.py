@@ -23,10 +23,8 @@ from minikd.ops.shapes import row_out_of_range
 # Which module holds which kernels. Their arguments are the buffers of the operation, then its attributes.
 MODULES = {
     "jit_rows": "softmax softmax_vjp log_softmax log_softmax_vjp argmax correct_count",
-    "jit_losses": (
-        "cross_entropy cross_entropy_vjp soft_cross_entropy soft_cross_entropy_vjp kl_div kl_div_vjp "
-        "distillation_loss distillation_loss_vjp"
-    ),
+    "jit_losses": ("cross_entropy cross_entropy_vjp soft_cross_entropy soft_cross_entropy_vjp kl_div kl_div_vjp"),
+    "jit_distillation": "distillation_loss distillation_loss_vjp",
     "jit_loops": (
         "bias bias_vjp bias_relu bias_relu_vjp bias_tanh bias_tanh_vjp bias_sigmoid bias_sigmoid_vjp bias_gelu "
         "bias_gelu_vjp sgd_step adam_step dropout dropout_vjp take take_vjp take_scaled add_into"

@@ -1,4 +1,4 @@
-"""The losses: cross-entropy for hard and for soft targets, Kullback-Leibler divergence, and distillation.
+"""The losses: cross-entropy for hard and for soft targets, and Kullback-Leibler divergence.
 
 Each takes its logits' gradient in the same traversal as its value; backward only scales it by the upstream gradient.
 Row losses are computed and added up in float64.
@@ -6,30 +6,25 @@ Row losses are computed and added up in float64.
 
 from __future__ import annotations
 
-from math import inf, log, nan
+from math import log, nan
 from typing import Any
 
 import numpy as np
 
 from minikd.kernels.jit import CODES
-from minikd.kernels.jit_real import BAD_TEMPERATURE, DONE, exact, exp64, exp_tail, kernel, log64, part
+from minikd.kernels.jit_real import DONE, exp64, kernel, log64, part
 from minikd.kernels.jit_rows import (
     LANES,
     NARROW,
     bad_label,
-    inverse_temperature,
-    load,
     log_probability,
     row_max,
     softening,
     store,
-    tile_max,
     tile_scaled,
     tile_softening,
-    tile_weights,
     weights,
 )
-from minikd.ops.losses import LARGEST_TEMPERATURE
 
 MEAN, SUM, NONE = CODES["mean"], CODES["sum"], CODES["none"]
 
@@ -109,7 +104,7 @@ def cross_entropy(
             for r in range(LANES):
                 log_total[r] = log64(total[r])
         else:
-            top[0] = row_max(logits, first)
+            top[0] = row_max(logits[first])
             total[0] = weights(e, logits, first, top[0], soft)
             log_total[0] = log(total[0])
 
@@ -152,7 +147,7 @@ def soft_cross_entropy(
     e, y = np.empty(c, logits.dtype), np.empty(c, logits.dtype)
     total_loss = 0.0
     for i in range(n):
-        top = row_max(logits, i)
+        top = row_max(logits[i])
         total = weights(e, logits, i, top, soft)
         log_total = log(total)
         for j in range(c):
@@ -214,214 +209,6 @@ def kl_div(loss: Any, gradient: Any, input: Any, target: Any, reduction: int, lo
     return DONE
 
 
-# --- distillation ---
-
-SMALLEST_LOG = -745.13  # e to this is the smallest float64 above 0
-NEAR = 0.34  # up to here δ is a remainder that `exp_tail` is made for
-
-
-@exact
-def log_gap(z_s: Any, top_s: Any, inverse_s: float, z_t: Any, top_t: Any, inverse_t: float) -> float:
-    """log e_s - log e_t = (z_s - max z_s)/T_s - (z_t - max z_t)/T_t in float64; 0 where e_t is 0 even there."""
-    log_s = (np.float64(z_s) - np.float64(top_s)) * inverse_s
-    log_t = (np.float64(z_t) - np.float64(top_t)) * inverse_t
-    return log_s - log_t if log_t >= SMALLEST_LOG else 0.0
-
-
-@exact
-def divergence(p: Any, q: Any, delta: Any, near: Any, zero: Any) -> Any:
-    """q·(e^δ - 1 - δ) with δ = log p - log q: what a class adds to KL(q ‖ p), since Σp = Σq.
-
-    No term is negative and nothing cancels when p ≈ q. Where q = 0 it is p, but infinite where δ is: there q vanishes
-    in this dtype only.
-    """
-    d = delta if abs(delta) < near else zero
-    term = q * (d * d * exp_tail(d)) if abs(delta) < near else (p - q) - q * delta
-    term = p if q == 0 else term
-    return -delta if delta == -inf else term
-
-
-@part
-def tile_divergence(kl: Any, p: Any, q: Any, gap: Any, total_p: Any, total_q: Any, lane: Any) -> None:
-    """kl = KL(q ‖ p) for each row of a tile, and p becomes p - q.
-
-    On entry p and q are weights, gap is the difference of their logarithms. `lane` is scratch memory.
-    """
-    real = p.dtype.type
-    near, zero = real(NEAR), real(0)
-    for r in range(LANES):
-        lane[0, r], lane[1, r], lane[2, r] = 1 / total_p[r], 1 / total_q[r], log64(total_p[r] / total_q[r])
-        kl[r] = 0.0
-    for j in range(p.shape[0]):
-        for r in range(LANES):
-            pj, qj = p[j, r] * lane[0, r], q[j, r] * lane[1, r]
-            p[j, r] = pj - qj
-            gap[j, r] = divergence(pj, qj, gap[j, r] - lane[2, r], near, zero)
-    for j in range(p.shape[0]):
-        for r in range(LANES):
-            kl[r] += gap[j, r]
-
-
-@part
-def tile_power(e: Any, total: Any, p: Any, doublings: int) -> None:
-    """e = p^(2^doublings) for a tile, with total = Σ e of each row"""
-    for r in range(LANES):
-        total[r] = 0.0
-    for j in range(p.shape[0]):
-        for r in range(LANES):
-            e[j, r] = p[j, r]
-        for _ in range(doublings):
-            for r in range(LANES):
-                e[j, r] *= e[j, r]
-        for r in range(LANES):
-            total[r] += e[j, r]
-
-
-@part
-def power(e: Any, p: Any, doublings: int) -> float:
-    """e = p^(2^doublings) for a row; returns Σ e"""
-    for j in range(p.size):
-        e[j] = p[j]
-    for _ in range(doublings):
-        for j in range(p.size):
-            e[j] *= e[j]
-    total = 0.0
-    for j in range(p.size):
-        total += e[j]
-    return total
-
-
-@part
-def distill_tile(student: Any, teacher: Any, i: int, tiles: Any, tops: Any, sums: Any, lane: Any, plan: Any) -> None:
-    """For the narrow rows from i on: p - q, the student's weights at 1, their maxima and sums, and KL(q ‖ p)."""
-    z_s, z_t, p, q, e = tiles
-    total_p, total_q, total_e, kl = sums
-    soft, hard, doublings, rate_s, rate_t, rate, inverse_s, inverse_t = plan
-    top_s, top_t = tops
-    load(z_s, student, i)
-    tile_max(top_s, z_s)
-    if soft:
-        load(z_t, teacher, i)
-        tile_max(top_t, z_t)
-        tile_weights(p, total_p, z_s, top_s, rate_s)
-        tile_weights(q, total_q, z_t, top_t, rate_t)
-    if hard and soft and doublings >= 0:
-        tile_power(e, total_e, p, doublings)
-    elif hard:
-        tile_weights(e, total_e, z_s, top_s, rate)
-    if soft:
-        for j in range(z_s.shape[0]):
-            for r in range(LANES):
-                z_s[j, r] = log_gap(z_s[j, r], top_s[r], inverse_s, z_t[j, r], top_t[r], inverse_t)
-        tile_divergence(kl, p, q, z_s, total_p, total_q, lane)
-
-
-@part
-def distill_row(student: Any, teacher: Any, i: int, rows: Any, tops: Any, sums: Any, plan: Any) -> None:
-    """The same for row i."""
-    p, q, e = rows
-    total_p, total_q, total_e, kl = sums
-    soft, hard, doublings, rate_s, rate_t, rate, inverse_s, inverse_t = plan
-    top_s, top_t = row_max(student, i), row_max(teacher, i)
-    tops[0][0] = top_s
-    if soft:
-        total_p[0] = weights(p, student, i, top_s, rate_s)
-        total_q[0] = weights(q, teacher, i, top_t, rate_t)
-    if hard and soft and doublings >= 0:
-        total_e[0] = power(e, p, doublings)
-    elif hard:
-        total_e[0] = weights(e, student, i, top_s, rate)
-    if soft:
-        real = p.dtype.type
-        per_p, per_q, shift = real(1 / total_p[0]), real(1 / total_q[0]), log(total_p[0] / total_q[0])
-        near, zero, total = real(NEAR), real(0), 0.0
-        for j in range(p.size):
-            pj, qj = p[j] * per_p, q[j] * per_q
-            gap = log_gap(student[i, j], top_s, inverse_s, teacher[i, j], top_t, inverse_t)
-            total += divergence(pj, qj, real(gap - shift), near, zero)
-            p[j] = pj - qj
-        kl[0] = total
-
-
-@kernel
-def distillation_loss(
-    loss: Any, gradient: Any, student_logits: Any, teacher_logits: Any, target: Any,
-    temperature: Any, hard_weight: Any, soft_weight: Any,
-    reduction: int, scale_t2: bool, log_target: bool, ignore_index: int, label_smoothing: float,
-) -> int:  # fmt: skip
-    """loss = hard·CE(y, z_s) + soft·T²·KL(q ‖ p);  dz_s = hard·(softmax(z_s) - ỹ) + soft·T·(p - q)"""
-    n, c = student_logits.shape
-    real, dtype = student_logits.dtype.type, student_logits.dtype
-    t, hard, soft = temperature[()], hard_weight[()], soft_weight[()]
-    if not 0 < t < inf:
-        return BAD_TEMPERATURE
-    status = bad_label(target, c, ignore_index)
-    if status:
-        return status
-    labelled = 0
-    for i in range(target.size):
-        labelled += target[i] != ignore_index
-
-    # the hard mean is over labelled rows, the soft mean over all
-    t = min(t, LARGEST_TEMPERATURE)
-    inverse = inverse_temperature(t, temperature)
-    hard = hard * row_scale(labelled, reduction) if labelled else 0.0
-    soft = soft * row_scale(n, reduction)
-    soft_loss, soft_factor = soft * (t * t if scale_t2 else 1.0), real(soft * (t if scale_t2 else inverse))
-    peak, base = 1.0 - label_smoothing, label_smoothing / c
-    doublings = 0 if t == 1 else 1 if t == 2 else 2 if t == 4 else 3 if t == 8 else -1
-    rate_s, rate = softening(t, student_logits), softening(1.0, student_logits)
-    rate_t, inverse_t = (rate, 1.0) if log_target else (rate_s, inverse)
-    plan = soft != 0, hard != 0, doublings, rate_s, rate_t, rate, inverse, inverse_t
-
-    narrow = c <= NARROW
-    lanes, wide, tall = (LANES, 0, c) if narrow else (1, c, 0)
-    rows = np.zeros(wide, dtype), np.zeros(wide, dtype), np.zeros(wide, dtype)
-    s, q = np.zeros((tall, LANES), dtype), np.zeros((tall, LANES), dtype)
-    tiles = s, np.zeros((tall, LANES), dtype), np.zeros((tall, LANES), dtype), q, np.zeros((tall, LANES), dtype)
-    tops, lane = (np.zeros(LANES, dtype), np.zeros(LANES, dtype)), np.empty((3, LANES), dtype)
-    sums = np.ones(LANES), np.ones(LANES), np.ones(LANES), np.zeros(LANES)
-    factor, log_e, no_weight = np.zeros(LANES, dtype), np.zeros(LANES), np.empty(0, dtype)
-    total_loss = 0.0
-    for first in range(0, n, lanes):
-        if narrow:
-            distill_tile(student_logits, teacher_logits, first, tiles, tops, sums, lane, plan)
-        else:
-            distill_row(student_logits, teacher_logits, first, rows, tops, sums, plan)
-        _, _, total_e, kl = sums
-        for r in range(lanes):
-            log_e[r] = log64(total_e[r])
-        for r in range(min(lanes, n - first)):
-            row = soft_loss * (0.0 if kl[r] < 0 else kl[r]) if soft != 0 else 0.0
-            factor[r] = 0
-            if hard != 0 and target[first + r] != ignore_index:
-                y = target[first + r]
-                row += hard * hard_loss(student_logits, first + r, y, tops[0][r], log_e[r], no_weight, peak, base)
-                factor[r] = hard / total_e[r]
-            if reduction == NONE:
-                loss[first + r] = row
-            total_loss += row
-        if gradient.size:
-            if narrow:
-                _, _, difference, _, e = tiles
-                tile_scaled(e, factor)
-                for j in range(c):
-                    for r in range(LANES):
-                        e[j, r] += difference[j, r] * soft_factor
-                store(gradient, first, e)
-            else:
-                difference, _, e = rows
-                scale_row(gradient, first, e, factor[0])
-                for j in range(c):
-                    gradient[first, j] += difference[j] * soft_factor
-            for r in range(min(lanes, n - first)):
-                if factor[r] != 0:
-                    subtract_target(gradient, first + r, target[first + r], no_weight, peak * hard, base * hard)
-    if reduction != NONE:
-        loss[0] = total_loss
-    return DONE
-
-
 # --- backward: dx = gradient · the upstream gradient ---
 
 
@@ -466,15 +253,4 @@ def kl_div_vjp(
                 dinput[i, j] = gradient[i, j] * dloss[i * c + j]
     else:
         scale_rows(dinput, dloss, gradient, reduction)
-    return DONE
-
-
-@kernel
-def distillation_loss_vjp(
-    dstudent_logits: Any, dloss: Any, loss: Any, gradient: Any,
-    student_logits: Any, teacher_logits: Any, target: Any, temperature: Any, hard_weight: Any, soft_weight: Any,
-    reduction: int, scale_t2: bool, log_target: bool, ignore_index: int, label_smoothing: float,
-) -> int:  # fmt: skip
-    """dz_s = gradient·dloss"""
-    scale_rows(dstudent_logits, dloss, gradient, reduction)
     return DONE

@@ -46,8 +46,7 @@ def by_type(stub: Callable[..., Any], single: Callable[..., Any], double: Callab
         return single if getattr(x, "dtype", x).bitwidth == 32 else double
 
 
-@intrinsic
-def fused(typing: Any, a: Any, b: Any, c: Any) -> Any:
+def _fused(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a·b + c, rounded once where the processor can do so at full speed, however often a·b is used elsewhere."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -56,6 +55,9 @@ def fused(typing: Any, a: Any, b: Any, c: Any) -> Any:
         return builder.call(function, arguments)
 
     return a(a, a, a), emit
+
+
+fused: Any = intrinsic(_fused)
 
 
 # --- the exponential ---
