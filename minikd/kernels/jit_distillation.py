@@ -107,6 +107,9 @@ def _second_order_double(x: Any) -> Any:
 by_type(near_of, _near_single, _near_double)
 by_type(second_order, _second_order_single, _second_order_double)
 
+# Blocks of a row are (first, count). Their classes are counted from 0 and have no sign: else Numba would ask of each
+# whether it is below 0, and gather.
+
 # --- weights: p = e^((z_s - max z_s)/T), q the same of the teacher, and e = p^T ---
 
 
@@ -127,15 +130,16 @@ def squared(x: Any, times: int) -> Any:
 
 @part
 def block_weights(
-    p: Any, q: Any, e: Any, z_s: Any, z_t: Any, tops: Any, plan: Any
+    p: Any, q: Any, e: Any, z_s: Any, z_t: Any, i: int, here: Any, tops: Any, plan: Any
 ) -> tuple[float, float, float, float]:
-    """The weights of some classes of one row; returns Σ p, Σ q, Σ q·(log q - log p)·T and Σ e."""
+    """The weights of the classes `here` of row i; returns Σ p, Σ q, Σ q·(log q - log p)·T and Σ e."""
     _, hard, doublings, (rate_s, _, reach_s), (rate_t, _, reach_t), (rate, _, reach), ratio, tiny, least = plan
     top_s, top_t = tops
     zero = zero_of(top_s)
     sum_p, sum_q, sum_apart, sum_e = zero, zero, zero, zero
-    for j in range(z_s.size):
-        below_s, below_t = z_s[j] - top_s, z_t[j] - top_t
+    for k in range(here[1]):
+        j = np.uint64(here[0] + k)
+        below_s, below_t = z_s[i, j] - top_s, z_t[i, j] - top_t
         pj, qj = quick_power_of_two(below_s, rate_s, reach_s), quick_power_of_two(below_t, rate_t, reach_t)
         p[j], q[j] = pj, qj
         sum_p += pj
@@ -143,16 +147,17 @@ def block_weights(
         sum_apart += apart(qj, below_s, below_t, ratio, tiny, least)
         sum_e += squared(pj, doublings)
     if hard and doublings < 0:
-        sum_e = block_hard_weights(e, z_s, top_s, rate, reach)
+        sum_e = block_hard_weights(e, z_s, i, here, top_s, rate, reach)
     return sum_p, sum_q, sum_apart, sum_e
 
 
 @part
-def block_hard_weights(e: Any, z: Any, top: Any, rate: Any, reach: Any) -> Any:
-    """e = e^(z - max z) of some classes; returns Σ e."""
+def block_hard_weights(e: Any, z: Any, i: int, here: Any, top: Any, rate: Any, reach: Any) -> Any:
+    """e = e^(z - max z) of the classes `here` of row i; returns Σ e."""
     total = zero_of(top)
-    for j in range(z.size):
-        e[j] = quick_power_of_two(z[j] - top, rate, reach)
+    for k in range(here[1]):
+        j = np.uint64(here[0] + k)
+        e[j] = quick_power_of_two(z[i, j] - top, rate, reach)
         total += e[j]
     return total
 
@@ -222,12 +227,13 @@ def near_term(p: Any, q: Any, delta: Any) -> Any:
 
 
 @part
-def near_block(p: Any, q: Any, z_s: Any, z_t: Any, tops: Any, near: Any) -> Any:
-    """Σ q·(e^δ - 1 - δ) of some classes of one row"""
+def near_block(p: Any, q: Any, z_s: Any, z_t: Any, i: int, here: Any, tops: Any, near: Any) -> Any:
+    """Σ q·(e^δ - 1 - δ) of the classes `here` of row i"""
     per_p, per_q, inverse, inverse_rest, shift, rest, same = near
     total = zero_of(per_p)
-    for j in range(p.size):
-        delta = delta_of(z_s[j], z_t[j], tops, inverse, inverse_rest, shift, rest, same)
+    for k in range(here[1]):
+        j = np.uint64(here[0] + k)
+        delta = delta_of(z_s[i, j], z_t[i, j], tops, inverse, inverse_rest, shift, rest, same)
         total += near_term(p[j] * per_p, q[j] * per_q, delta)
     return total
 
@@ -300,20 +306,20 @@ def distill_tile(
 
 
 @part
-def distill_row(student: Any, teacher: Any, rows: Any, tops: Any, sums: Any, kl: Any, plan: Any) -> None:
-    """The same for one row."""
+def distill_row(student: Any, teacher: Any, i: int, rows: Any, tops: Any, sums: Any, kl: Any, plan: Any) -> None:
+    """The same for row i."""
     p, q, e = rows
     total_p, total_q, total_apart, total_e = sums
     steps, inverse_t, inverse_s, same = plan
     soft, hard, _, _, _, (rate, _, reach), _, _, _ = steps
-    top_s, top_t = row_max(student), row_max(teacher)
+    top_s, top_t = row_max(student, i), row_max(teacher, i)
     top = top_s, top_t
     tops[0][0] = top_s
     if soft:
         total_p[0], total_q[0], total_apart[0], total_e[0] = 0.0, 0.0, 0.0, 0.0
         for first in range(0, p.size, BLOCK):
-            here = slice(first, first + BLOCK)
-            found = block_weights(p[here], q[here], e[here], student[here], teacher[here], top, steps)
+            here = first, min(BLOCK, p.size - first)
+            found = block_weights(p, q, e, student, teacher, i, here, top, steps)
             total_p[0] += found[0]
             total_q[0] += found[1]
             total_apart[0] += found[2]
@@ -328,13 +334,13 @@ def distill_row(student: Any, teacher: Any, rows: Any, tops: Any, sums: Any, kl:
             near = per_p, per_q, inverse, real(inverse_s - inverse), high, real((shift - high) + rest), same
             kl[0] = 0.0
             for first in range(0, p.size, BLOCK):
-                here = slice(first, first + BLOCK)
-                kl[0] += near_block(p[here], q[here], student[here], teacher[here], top, near)
+                here = first, min(BLOCK, p.size - first)
+                kl[0] += near_block(p, q, student, teacher, i, here, top, near)
     elif hard:
         total_e[0] = 0.0
         for first in range(0, p.size, BLOCK):
-            here = slice(first, first + BLOCK)
-            total_e[0] += block_hard_weights(e[here], student[here], top_s, rate, reach)
+            here = first, min(BLOCK, p.size - first)
+            total_e[0] += block_hard_weights(e, student, i, here, top_s, rate, reach)
 
 
 @exact
@@ -344,17 +350,17 @@ def difference(p: Any, per_p: Any, q: Any, per_q: Any) -> Any:
 
 
 @part
-def combine(dz: Any, p: Any, q: Any, e: Any, per_p: Any, per_q: Any, per_e: Any, doublings: int) -> None:
-    """dz = p·per_p - q·per_q + e·per_e of one row, where e may be a power of p"""
+def combine(dz: Any, i: int, p: Any, q: Any, e: Any, per_p: Any, per_q: Any, per_e: Any, doublings: int) -> None:
+    """dz = p·per_p - q·per_q + e·per_e of row i, where e may be a power of p"""
     if per_e == 0:
-        for j in range(dz.size):
-            dz[j] = difference(p[j], per_p, q[j], per_q)
+        for j in range(p.size):
+            dz[i, j] = difference(p[j], per_p, q[j], per_q)
     elif doublings >= 0:
-        for j in range(dz.size):
-            dz[j] = difference(p[j], per_p, q[j], per_q) + squared(p[j], doublings) * per_e
+        for j in range(p.size):
+            dz[i, j] = difference(p[j], per_p, q[j], per_q) + squared(p[j], doublings) * per_e
     else:
-        for j in range(dz.size):
-            dz[j] = difference(p[j], per_p, q[j], per_q) + e[j] * per_e
+        for j in range(p.size):
+            dz[i, j] = difference(p[j], per_p, q[j], per_q) + e[j] * per_e
 
 
 @part
@@ -426,7 +432,7 @@ def distillation_loss(
         if narrow:
             distill_tile(student_logits, teacher_logits, first, tiles, tops, sums, logs, kl, lane, plan)
         else:
-            distill_row(student_logits[first], teacher_logits[first], rows, tops, sums, kl, plan)
+            distill_row(student_logits, teacher_logits, first, rows, tops, sums, kl, plan)
         for r in range(lanes):
             log_e[r] = log64(total_e[r])
             per_p[r], per_q[r] = soft_factor / total_p[r], soft_factor / total_q[r]
@@ -447,7 +453,7 @@ def distillation_loss(
                 store(gradient, first, p)
             else:
                 p, q, e = rows
-                combine(gradient[first], p, q, e, per_p[0], per_q[0], per_e[0], doublings)
+                combine(gradient, first, p, q, e, per_p[0], per_q[0], per_e[0], doublings)
             for r in range(min(lanes, n - first)):
                 if per_e[r] != 0:
                     subtract_target(gradient, first + r, target[first + r], no_weight, peak * hard, base * hard)

@@ -104,7 +104,7 @@ def cross_entropy(
             for r in range(LANES):
                 log_total[r] = log64(total[r])
         else:
-            top[0] = row_max(logits[first])
+            top[0] = row_max(logits, first)
             total[0] = weights(e, logits, first, top[0], soft)
             log_total[0] = log(total[0])
 
@@ -147,7 +147,7 @@ def soft_cross_entropy(
     e, y = np.empty(c, logits.dtype), np.empty(c, logits.dtype)
     total_loss = 0.0
     for i in range(n):
-        top = row_max(logits[i])
+        top = row_max(logits, i)
         total = weights(e, logits, i, top, soft)
         log_total = log(total)
         for j in range(c):

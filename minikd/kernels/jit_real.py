@@ -285,8 +285,10 @@ def log64(x: float) -> float:
     k = np.float64(np.int32(bits >> 52)) - (54.0 if tiny else 0.0)
     m = np.int64((bits & MANTISSA) + ROOT_HALF_BITS).view(np.float64)
     f = (m - 1.0) / (m + 1.0)
-    series = LOG_SERIES[-1]
-    for c in LOG_SERIES[-2::-1]:
-        series = series * (f * f) + c
-    y = (f * series + k * LN2_DOUBLE[1]) + k * LN2_DOUBLE[0]
+    c, s = LOG_SERIES, f * f
+    s2 = s * s
+    s4 = s2 * s2
+    low, middle = (c[1] + c[2] * s) + (c[3] + c[4] * s) * s2, (c[5] + c[6] * s) + (c[7] + c[8] * s) * s2
+    rest = s * (low + (middle + (c[9] + c[10] * s) * s4) * s4)  # by halves: few of its terms wait for each other
+    y = ((f * rest + k * LN2_DOUBLE[1]) + 2.0 * f) + k * LN2_DOUBLE[0]
     return y if 0 < x < inf else x if x == inf else -inf if x == 0 else nan

@@ -63,11 +63,11 @@ by_type(from_ordered, _single_from_ordered, _double_from_ordered)
 
 
 @part
-def row_max(z: Any) -> Any:
-    """max z of a row; anything if one of its numbers is NaN, which every weight of the row then becomes."""
-    best = ordered(z[0])
-    for j in range(z.size):
-        key = ordered(z[j])
+def row_max(z: Any, i: int) -> Any:
+    """max z of row i; anything if one of its numbers is NaN, which every weight of the row then becomes."""
+    best = ordered(z[i, 0])
+    for j in range(z.shape[1]):
+        key = ordered(z[i, j])
         best = key if key > best else best
     return from_ordered(best)
 
@@ -196,7 +196,7 @@ def softmax(y: Any, x: Any, temperature: Any) -> int:
         return DONE
     row = np.empty(c, x.dtype)
     for i in range(n):
-        factor = x.dtype.type(1 / weights(row, x, i, row_max(x[i]), soft))
+        factor = x.dtype.type(1 / weights(row, x, i, row_max(x, i), soft))
         for j in range(c):
             y[i, j] = row[j] * factor
     return DONE
@@ -243,7 +243,7 @@ def log_softmax(y: Any, x: Any, temperature: Any) -> int:
         return DONE
     row = np.empty(c, x.dtype)
     for i in range(n):
-        top_i = row_max(x[i])
+        top_i = row_max(x, i)
         log_total = log(weights(row, x, i, top_i, soft))
         for j in range(c):
             y[i, j] = log_probability(x[i, j], top_i, inverse_t, log_total)
@@ -274,7 +274,7 @@ def log_softmax_vjp(dx: Any, dy: Any, y: Any, x: Any, temperature: Any) -> int:
 @part
 def first_largest(z: Any, i: int) -> int:
     """The first j with z_j = max z of row i; NaN is the largest."""
-    top, broken = row_max(z[i]), 0
+    top, broken = row_max(z, i), 0
     for j in range(z.shape[1]):
         broken |= z[i, j] != z[i, j]
     j = 0
