@@ -27,8 +27,11 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def loops() -> Any:
-    return importlib.import_module("minikd.kernels.jit_loops")
+def kernels() -> dict[str, Any]:
+    """Every compiled kernel by its name."""
+    for module in jit.MODULES:
+        importlib.import_module(f"minikd.kernels.{module}")
+    return importlib.import_module("minikd.kernels.jit_real").KERNELS
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -58,16 +61,20 @@ def test_the_module_names_its_kernels_without_importing_numba() -> None:
 
 
 @needs_numba
-def test_the_table_of_names_is_what_the_loops_have(loops: Any) -> None:
-    assert set(loops.KERNELS) == jit.NAMES
+def test_the_table_of_names_is_what_the_modules_have(kernels: dict[str, Any]) -> None:
+    assert set(kernels) == jit.NAMES
+    for module, names in jit.MODULES.items():
+        assert {kernels[name].py_func.__module__ for name in names.split()} == {f"minikd.kernels.{module}"}
 
 
 @needs_numba
 @pytest.mark.parametrize("name", sorted(jit.NAMES))
-def test_a_kernel_takes_the_buffers_of_its_operation_and_then_the_attributes(name: str, loops: Any) -> None:
+def test_a_kernel_takes_the_buffers_of_its_operation_and_then_the_attributes(
+    name: str, kernels: dict[str, Any]
+) -> None:
     op = OPS[name.removesuffix("_vjp")]
     buffers = op.buffers if name == op.name else op.vjp_buffers
-    parameters = inspect.signature(loops.KERNELS[name].py_func).parameters
+    parameters = inspect.signature(kernels[name].py_func).parameters
     assert list(parameters) == [*(a.name for a in buffers), *op.attrs]
 
 
@@ -88,15 +95,15 @@ def test_the_compiled_code_is_kept_where_numba_cache_dir_says(tmp_path: Path) ->
 
 
 @needs_numba
-def test_a_read_only_input_does_not_compile_a_second_kernel(loops: Any) -> None:
+def test_a_read_only_input_does_not_compile_a_second_kernel(kernels: dict[str, Any]) -> None:
     x = np.arange(6.0).reshape(2, 3)
     y, frozen = np.empty((2, 3)), x.copy()
     frozen.flags.writeable = False
     jit.binder("softmax")(y, x, scalar(2))()
-    compiled, expected = len(loops.softmax.signatures), y.copy()
+    compiled, expected = len(kernels["softmax"].signatures), y.copy()
     y[...] = np.nan
     jit.binder("softmax")(y, frozen, scalar(2))()
-    assert len(loops.softmax.signatures) == compiled
+    assert len(kernels["softmax"].signatures) == compiled
     np.testing.assert_array_equal(y, expected)
     assert not frozen.flags.writeable
 
@@ -213,10 +220,10 @@ def test_a_dropout_mask_has_the_bits_of_the_reference(size: int, p: float, seed:
 # --- numbers ---
 
 
-def in_float(loops: Any, name: str, x: Any) -> Any:
+def in_float(name: str, x: Any) -> Any:
     """One of the compiled elementary functions over an array."""
     numba = importlib.import_module("numba")
-    function = getattr(loops, name)
+    function = getattr(importlib.import_module("minikd.kernels.jit_real"), name)
 
     @numba.njit
     def over(x: Any, y: Any) -> None:
@@ -236,36 +243,36 @@ def ulps(found: Any, exact: Any) -> float:
 @needs_numba
 @pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="needs a long double wider than float64")
 @pytest.mark.parametrize("real", FLOATS)
-def test_the_exponential_is_right_to_11_tenths_of_an_ulp(real: Any, loops: Any) -> None:
+def test_the_exponential_is_right_to_11_tenths_of_an_ulp(real: Any) -> None:
     rng = np.random.default_rng(0)
     lowest = float(np.log(np.finfo(real).tiny))
     parts = [rng.uniform(lowest, 0, 300_000), rng.uniform(-0.7, 0, 300_000), -(10.0 ** rng.uniform(-30, 0, 100_000))]
     x = np.maximum(np.concatenate(parts).astype(real), real(lowest * 0.9999))
-    assert ulps(in_float(loops, "exp", x), np.exp(x.astype(np.longdouble))) < 1.1
-    assert ulps(in_float(loops, "expm1", x), np.expm1(x.astype(np.longdouble))) < 1.3
+    assert ulps(in_float("exp", x), np.exp(x.astype(np.longdouble))) < 1.1
+    assert ulps(in_float("expm1", x), np.expm1(x.astype(np.longdouble))) < 1.3
 
 
 @needs_numba
 @pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="needs a long double wider than float64")
-def test_the_logarithm_is_right_to_three_ulps(loops: Any) -> None:
+def test_the_logarithm_is_right_to_three_ulps() -> None:
     rng = np.random.default_rng(0)
     parts = [10.0 ** rng.uniform(-323, 308, 300_000), rng.uniform(0.7, 1.42, 300_000), 1 + 1e-6 * rng.normal(size=9999)]
     x = np.concatenate(parts)
-    assert ulps(in_float(loops, "log64", x), np.log(x.astype(np.longdouble))) < 3
+    assert ulps(in_float("log64", x), np.log(x.astype(np.longdouble))) < 3
 
 
 @needs_numba
 @pytest.mark.parametrize("real", FLOATS)
-def test_the_exponential_of_nothing_infinite_and_not_a_number(real: Any, loops: Any) -> None:
+def test_the_exponential_of_nothing_infinite_and_not_a_number(real: Any) -> None:
     x = np.array([0.0, -0.0, -np.inf, -1e30, -746, np.nan, -np.nan], real)
-    np.testing.assert_array_equal(in_float(loops, "exp", x), [1, 1, 0, 0, 0, np.nan, np.nan])
-    np.testing.assert_array_equal(in_float(loops, "expm1", x), [0, 0, -1, -1, -1, np.nan, np.nan])
+    np.testing.assert_array_equal(in_float("exp", x), [1, 1, 0, 0, 0, np.nan, np.nan])
+    np.testing.assert_array_equal(in_float("expm1", x), [0, 0, -1, -1, -1, np.nan, np.nan])
 
 
 @needs_numba
-def test_the_logarithm_of_nothing_infinite_and_not_a_number(loops: Any) -> None:
+def test_the_logarithm_of_nothing_infinite_and_not_a_number() -> None:
     x = np.array([0.0, -0.0, 1.0, np.inf, -1.0, -np.inf, np.nan])
-    np.testing.assert_array_equal(in_float(loops, "log64", x), [-np.inf, -np.inf, 0, np.inf, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(in_float("log64", x), [-np.inf, -np.inf, 0, np.inf, np.nan, np.nan, np.nan])
 
 
 @needs_numba

@@ -18,34 +18,20 @@ import numpy as np
 from minikd.errors import bad_temperature, label_out_of_range
 from minikd.ops import OPS, Argument
 from minikd.ops.op import KINDS
+from minikd.ops.shapes import row_out_of_range
 
-# The kernels in jit_loops. Their arguments are the buffers of the operation, then its attributes.
-NAMES = frozenset(
-    {
-        "softmax",
-        "softmax_vjp",
-        "log_softmax",
-        "log_softmax_vjp",
-        "cross_entropy",
-        "soft_cross_entropy",
-        "kl_div",
-        "distillation_loss",
-        "bias",
-        "bias_vjp",
-        "bias_relu",
-        "bias_relu_vjp",
-        "bias_tanh",
-        "bias_tanh_vjp",
-        "bias_sigmoid",
-        "bias_sigmoid_vjp",
-        "bias_gelu",
-        "bias_gelu_vjp",
-        "sgd_step",
-        "adam_step",
-        "dropout",
-        "dropout_vjp",
-    }
-)
+# Which module holds which kernels. Their arguments are the buffers of the operation, then its attributes.
+MODULES = {
+    "jit_rows": "softmax softmax_vjp log_softmax log_softmax_vjp argmax correct_count",
+    "jit_losses": ("cross_entropy cross_entropy_vjp soft_cross_entropy soft_cross_entropy_vjp kl_div kl_div_vjp"),
+    "jit_distillation": "distillation_loss distillation_loss_vjp",
+    "jit_loops": (
+        "bias bias_vjp bias_relu bias_relu_vjp bias_tanh bias_tanh_vjp bias_sigmoid bias_sigmoid_vjp bias_gelu "
+        "bias_gelu_vjp sgd_step adam_step dropout dropout_vjp take take_vjp take_scaled add_into"
+    ),
+}
+_MODULE_OF = {name: module for module, names in MODULES.items() for name in names.split()}
+NAMES = frozenset(_MODULE_OF)
 
 # Attributes that are words, as the kernels know them.
 CODES = {"mean": 0, "sum": 1, "none": 2, "batchmean": 3}
@@ -62,11 +48,12 @@ def binder(name: str) -> Callable[..., Callable[[], None]]:
 
     Raises (from that call)
     -----------------------
-    ArgumentError : a label out of range, or a temperature that is not a finite number above 0; nothing is written then.
+    ArgumentError : a label or row number out of range, or a temperature that is not a finite number above 0;
+        nothing is written then.
     """
     op = OPS[name.removesuffix("_vjp")]
     arguments = op.buffers if name == op.name else op.vjp_buffers
-    kernel = importlib.import_module("minikd.kernels.jit_loops").KERNELS[name]
+    kernel = getattr(importlib.import_module(f"minikd.kernels.{_MODULE_OF[name]}"), name)
 
     def bind(*buffers: Any, **attrs: Any) -> Callable[[], None]:
         real = next(b.dtype for a, b in zip(arguments, buffers, strict=True) if a.kind == "real" and b is not None)
@@ -123,5 +110,8 @@ def _refusal(where: str, status: int, arguments: Sequence[Argument], arrays: Seq
     if status < 0:
         return bad_temperature(where, float(named["temperature"]))
     row = status - 1
+    if "rows" in named:
+        rows_there = named["x"].shape[0] if named["x"].size else named["dx"].shape[0]
+        return row_out_of_range(row, int(named["rows"][row]), rows_there)
     classes = next(array.shape[1] for array in arrays if array.ndim == 2 and array.size)
     return label_out_of_range(where, row, int(named["target"][row]), classes)
