@@ -785,8 +785,11 @@ static void add_near(double *kl, const near_rows *near, const row_sums *sums, co
  * unless the logits are so large that log p - log q, of which it is made, is lost. */
 static double nearer(double difference, double sum_of_terms)
 {
-    const double positive = difference > 0 ? difference : 0, terms = sum_of_terms > 0 ? sum_of_terms : 0;
-    return !(difference < FAR_APART) ? difference : terms < 2 * FAR_APART ? terms : positive;
+    if (!(difference < FAR_APART))
+        return difference;
+    if (sum_of_terms < 2 * FAR_APART)
+        return sum_of_terms > 0 ? sum_of_terms : 0;
+    return difference > 0 ? difference : 0;
 }
 
 /* The losses of `count` ≤ LANES narrow rows, whose labels are y (-1 for none, and in the lanes without a row); dz are

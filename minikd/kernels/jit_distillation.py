@@ -239,6 +239,18 @@ def near_block(p: Any, q: Any, z_s: Any, z_t: Any, i: int, here: Any, tops: Any,
 
 
 @part
+def nearer(difference: float, terms: float) -> float:
+    """KL(q ‖ p), given as a difference of sums and as a sum of terms that do not cancel.
+
+    The terms are better where KL is small, unless the logits are so large that log p - log q is lost in them.
+    """
+    if not difference < FAR_APART:
+        return difference
+    terms = max(terms, 0.0) if terms == terms else inf
+    return terms if terms < 2 * FAR_APART else max(difference, 0.0)
+
+
+@part
 def near_tile(
     kl: Any, p: Any, q: Any, z_s: Any, z_t: Any, tops: Any, sums: Any, logs: Any, lane: Any, plan: Any
 ) -> None:
@@ -258,7 +270,7 @@ def near_tile(
             z_s[j, r] = near_term(p[j, r] * lane[0, r], q[j, r] * lane[1, r], delta)
     tile_sum(near_kl, z_s, lane[0])
     for r in range(LANES):
-        kl[r] = near_kl[r] if kl[r] < FAR_APART else kl[r]
+        kl[r] = nearer(kl[r], near_kl[r])
 
 
 # --- rows ---
@@ -332,10 +344,11 @@ def distill_row(student: Any, teacher: Any, i: int, rows: Any, tops: Any, sums: 
             shift, rest = shift_of(top_s, top_t, logs, inverse_s, same)
             per_p, per_q, high = real(1 / total_p[0]), real(1 / total_q[0]), real(shift)
             near = per_p, per_q, inverse, real(inverse_s - inverse), high, real((shift - high) + rest), same
-            kl[0] = 0.0
+            terms = 0.0
             for first in range(0, p.size, BLOCK):
                 here = first, min(BLOCK, p.size - first)
-                kl[0] += near_block(p, q, student, teacher, i, here, top, near)
+                terms += near_block(p, q, student, teacher, i, here, top, near)
+            kl[0] = nearer(kl[0], terms)
     elif hard:
         total_e[0] = 0.0
         for first in range(0, p.size, BLOCK):
