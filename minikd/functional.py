@@ -162,6 +162,13 @@ def _result(loss: Any, gradient: Any) -> Any:
     return value if gradient is None else (value, gradient)
 
 
+def _share_memory(a: Any, b: Any) -> bool:
+    """Whether two arrays may lie in the same memory. Two that own theirs do not, which is quick to see."""
+    if not isinstance(b, np.ndarray):
+        return False
+    return a is b or ((a.base is not None or b.base is not None) and np.may_share_memory(a, b))
+
+
 def _gradient_out(name: str, grad_out: Any, inputs: Sequence[Any]) -> Any:
     """`grad_out`, once it is known to be a place for the gradient of the first input."""
     if grad_out is None:
@@ -173,7 +180,7 @@ def _gradient_out(name: str, grad_out: Any, inputs: Sequence[Any]) -> Any:
         expected = f"a writable C-contiguous {real} array of shape {np.shape(logits)}"
         got = f"{grad_out.dtype} of shape {grad_out.shape}" if hasattr(grad_out, "dtype") else repr(type(grad_out))
         raise ArgumentError(name, "grad_out", expected=expected, got=got)
-    if any(isinstance(x, np.ndarray) and np.may_share_memory(grad_out, x) for x in inputs):
+    if any(_share_memory(grad_out, x) for x in inputs):
         fix = "Give it an array of its own: the gradient is written while the inputs are still read."
         expected = "an array that shares no memory with the inputs"
         raise ArgumentError(name, "grad_out", expected=expected, got="one that does", fix=fix)
