@@ -540,15 +540,16 @@ static int64_t all_steps(const score_steps *z)
     return z->whole + (z->rest_s != NULL);
 }
 
-/* The weights p and q, and e where it is COMPUTED, and their sums. In each call hard_weights is a constant, so that the
- * loop has no branch. Meanwhile the next row is fetched, which is c further on. */
+/* The weights p and q, and e where it is COMPUTED, and their sums. In each call hard_weights and narrow are constants,
+ * so that the loop has no branch. Of narrow rows Σ e is taken in double: beside the top's own weight, which is 1, the
+ * others would be lost where a row is almost certain, and its hard loss with them. Meanwhile the next row is fetched, which is c further on. */
 INLINE void add_steps(row_sums *sums, real *p, real *q, real *e, const score_steps *z, const distillation *d,
-                      enum hard_weights hard_weights)
+                      enum hard_weights hard_weights, int narrow)
 {
     const score_steps scores = *z;
     const softening student = d->student, teacher = d->teacher, hard = d->hard;
     const real ratio = (real)(d->inverse_s / d->inverse_t), lowest_t = d->lowest_t;
-    const int64_t steps = all_steps(z), together = d->c <= NARROW ? FEW : STEPS;
+    const int64_t steps = all_steps(z), together = narrow ? FEW : STEPS;
     for (int64_t first = 0; first < steps; first += together) {
         const int64_t end = smaller(first + together, steps);
         real sum_p[LANES] ALIGNED = {0}, sum_q[LANES] ALIGNED = {0};
@@ -569,13 +570,13 @@ INLINE void add_steps(row_sums *sums, real *p, real *q, real *e, const score_ste
                 sum_p[l] += pl;
                 sum_q[l] += ql;
                 sum_apart[l] += unless_below(below_t, lowest_t, term);
-                if (hard_weights <= SQUARED_3) {
-                    sum_e[l] += squared(pl, hard_weights);
-                } else if (hard_weights == COMPUTED) {
-                    const real el = quick_weight(&hard, below_s);
+                const real el = hard_weights == COMPUTED ? quick_weight(&hard, below_s) : squared(pl, hard_weights);
+                if (hard_weights == COMPUTED)
                     e[j + l] = el;
+                if (hard_weights != NO_LABELS && narrow)
+                    sums->e[l] += el;
+                else if (hard_weights != NO_LABELS)
                     sum_e[l] += el;
-                }
             }
         }
         SIMD
@@ -588,26 +589,34 @@ INLINE void add_steps(row_sums *sums, real *p, real *q, real *e, const score_ste
     }
 }
 
+#define ADD_STEPS(hard_weights)                                                                                        \
+    do {                                                                                                               \
+        if (d->c <= NARROW)                                                                                            \
+            add_steps(sums, p, q, e, z, d, hard_weights, 1);                                                           \
+        else                                                                                                           \
+            add_steps(sums, p, q, e, z, d, hard_weights, 0);                                                           \
+    } while (0)
+
 static void add_to_sums(row_sums *sums, real *p, real *q, real *e, const score_steps *z, const distillation *d)
 {
     switch (d->hard_weights) {
     case SQUARED_0:
-        add_steps(sums, p, q, e, z, d, SQUARED_0);
+        ADD_STEPS(SQUARED_0);
         break;
     case SQUARED_1:
-        add_steps(sums, p, q, e, z, d, SQUARED_1);
+        ADD_STEPS(SQUARED_1);
         break;
     case SQUARED_2:
-        add_steps(sums, p, q, e, z, d, SQUARED_2);
+        ADD_STEPS(SQUARED_2);
         break;
     case SQUARED_3:
-        add_steps(sums, p, q, e, z, d, SQUARED_3);
+        ADD_STEPS(SQUARED_3);
         break;
     case COMPUTED:
-        add_steps(sums, p, q, e, z, d, COMPUTED);
+        ADD_STEPS(COMPUTED);
         break;
     default:
-        add_steps(sums, p, q, e, z, d, NO_LABELS);
+        ADD_STEPS(NO_LABELS);
     }
 }
 

@@ -148,6 +148,18 @@ def test_the_loss_of_an_almost_certain_float_row_keeps_its_digits(level: str, cl
     np.testing.assert_allclose(loss, np.log1p(np.exp(-below.astype(np.float64))), rtol=1e-6, atol=3e-16)
 
 
+@each_level
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 4.0])
+def test_the_hard_part_of_an_almost_certain_narrow_float_row_keeps_its_digits(level: str, temperature: float) -> None:
+    below = np.linspace(0, 30, 61, dtype=np.float32)
+    z = np.full((below.size, 10), -200, np.float32)
+    z[:, 0], z[:, 1] = 0, -below
+    loss, labels = np.empty(below.size, np.float32), np.zeros(below.size, np.int64)
+    scalars = [np.array(x) for x in (temperature, 1.0, 1.0)]
+    run(level, "distillation_loss", loss, None, z, z.copy(), labels, *scalars, reduction="none")
+    np.testing.assert_allclose(loss, np.log1p(np.exp(-below.astype(np.float64))), rtol=3e-6, atol=3e-16)
+
+
 # --- every level of instructions ---
 
 
