@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from minikd.kernels.jit import CODES
-from minikd.kernels.jit_real import DONE, exp64, kernel, log64, part
+from minikd.kernels.jit_real import DONE, exp64, kernel, log64, log_minus, part
 from minikd.kernels.jit_rows import (
     LANES,
     NARROW,
@@ -175,14 +175,29 @@ BLOCK = 512  # elements that are taken through all steps while they are in the n
 
 
 @part
-def pointwise(value: Any, q: Any, input: Any, target: Any, log_target: bool) -> float:
-    """value = q·(log q - input), 0 where q = 0; returns its sum."""
+def terms_of_logarithms(value: Any, q: Any, input: Any, target: Any) -> float:
+    """value = q·(log q - input) with q = e^target, 0 where q = 0; returns its sum."""
     total = 0.0
     for k in range(input.size):
-        given = np.float64(target[k])
-        q[k] = exp64(given) if log_target else given
-        log_q = given if log_target else log64(given)
-        value[k] = 0.0 if q[k] == 0 else q[k] * (log_q - input[k])
+        log_q = np.float64(target[k])
+        e = exp64(log_q)
+        q[k] = e
+        value[k] = 0.0 if e == 0 else e * (log_q - input[k])
+        total += value[k]
+    return total
+
+
+@part
+def terms_of_probabilities(value: Any, q: Any, input: Any, target: Any) -> float:
+    """The same with q = target."""
+    zero = input.dtype.type(0)
+    for k in range(input.size):
+        given = target[k]
+        term = given * log_minus(given, input[k])
+        q[k] = given
+        value[k] = zero if given == 0 else term
+    total = 0.0
+    for k in range(input.size):
         total += value[k]
     return total
 
@@ -191,21 +206,26 @@ def pointwise(value: Any, q: Any, input: Any, target: Any, log_target: bool) -> 
 def kl_div(loss: Any, gradient: Any, input: Any, target: Any, reduction: int, log_target: bool) -> int:
     """loss = Σ q·(log q - input), 0 where q = 0;  dinput = -q"""
     n, c = input.shape
-    scale = row_scale(n * c if reduction == MEAN else n, reduction)
+    scale = input.dtype.type(row_scale(n * c if reduction == MEAN else n, reduction))
     flat_input, flat_target, flat_gradient = input.reshape(-1), target.reshape(-1), gradient.reshape(-1)
-    value, q = np.empty(BLOCK), np.empty(BLOCK)
+    value, q = np.empty(BLOCK, input.dtype), np.empty(BLOCK, input.dtype)
     total_loss = 0.0
     for first in range(0, n * c, BLOCK):
         here = slice(first, min(first + BLOCK, n * c))
-        total_loss += pointwise(value, q, flat_input[here], flat_target[here], log_target)
+        if log_target:
+            total_loss += terms_of_logarithms(value, q, flat_input[here], flat_target[here])
+        else:
+            total_loss += terms_of_probabilities(value, q, flat_input[here], flat_target[here])
         if gradient.size:
-            for k in range(here.start, here.stop):
-                flat_gradient[k] = -q[k - first] * scale
+            dinput = flat_gradient[here]
+            for k in range(dinput.size):
+                dinput[k] = -q[k] * scale
         if reduction == NONE:
-            for k in range(here.start, here.stop):
-                loss[k] = value[k - first]
+            rows = loss[here]
+            for k in range(rows.size):
+                rows[k] = value[k]
     if reduction != NONE:
-        loss[0] = total_loss * scale
+        loss[0] = total_loss * row_scale(n * c if reduction == MEAN else n, reduction)
     return DONE
 
 

@@ -292,3 +292,35 @@ def log64(x: float) -> float:
     rest = s * (low + (middle + (c[9] + c[10] * s) * s4) * s4)  # by halves: few of its terms wait for each other
     y = ((f * rest + k * LN2_DOUBLE[1]) + 2.0 * f) + k * LN2_DOUBLE[0]
     return y if 0 < x < inf else x if x == inf else -inf if x == 0 else nan
+
+
+# The same for float32: 2·f·(1 + f²/3 + f⁴/5 + f⁶/7 + f⁸/9) is enough.
+LOG_SINGLE = tuple(np.float32(c) for c in LOG_SERIES[:5])
+SMALLEST_SINGLE, TWO_TO_23 = np.float32(2.0**-126), np.float32(2.0**23)
+ROOT_HALF_SINGLE_BITS, MANTISSA_SINGLE = np.float32(0.5**0.5).view(np.int32), np.int32(2**23 - 1)
+NO_SINGLE, MINUS_23, NAN_SINGLE = np.float32(0), np.float32(-23), np.float32(nan)
+
+
+def log_minus(x: Any, y: Any) -> Any:
+    """log x - y for x > 0, where k·ln 2 and y are taken from one another first; of x = 0 it is some finite number."""
+    raise TypeError("for compiled code only")
+
+
+def _log_minus_single(x: Any, y: Any) -> Any:
+    tiny = x < SMALLEST_SINGLE
+    bits = np.int32(np.float32(x * TWO_TO_23 if tiny else x).view(np.int32) - ROOT_HALF_SINGLE_BITS)
+    k = np.float32(np.int32(bits >> 23)) + (MINUS_23 if tiny else NO_SINGLE)
+    m = np.int32(np.int32(bits & MANTISSA_SINGLE) + ROOT_HALF_SINGLE_BITS).view(np.float32)
+    f = (m - ONE_SINGLE) / (m + ONE_SINGLE)
+    s, c = f * f, LOG_SINGLE
+    log_m = f * c[0] + f * s * (((c[4] * s + c[3]) * s + c[2]) * s + c[1])
+    return NAN_SINGLE if x < NO_SINGLE else fused(k, LN2_SINGLE[0], -y) + fused(k, LN2_SINGLE[1], log_m)
+
+
+def _log_minus_double(x: Any, y: Any) -> Any:
+    return log64(x) - y
+
+
+@overload(log_minus, jit_options=EXACT_ORDER)
+def _log_minus(x: Any, y: Any) -> Any:
+    return _log_minus_single if x.bitwidth == 32 else _log_minus_double
