@@ -16,7 +16,7 @@ from minikd.bench import add_arguments, command, contenders, run, worker
 from minikd.bench.cases import KERNELS, QUICK, ROWS, error
 from minikd.bench.contenders import CONTENDERS, PEERS, Bound
 from minikd.bench.machine import PATTERNS, describe, patterns
-from minikd.bench.measure import LEAST_ROUNDS, MOST_IN_BATCH, Effort, calibrate, interleave, order
+from minikd.bench.measure import LEAST_ROUNDS, MOST_IN_BATCH, Effort, Turn, calibrate, interleave, order
 from minikd.bench.report import errors_text, markdown, micro, ratios, tables
 from minikd.bench.worker import CONDITIONS, WRONG, Task, WorkerFailed, bind_all, spawn
 from minikd.errors import ArgumentError, DataError
@@ -122,9 +122,10 @@ def test_tiny_calls_are_repeated_within_a_sample_and_slow_ones_are_not(monkeypat
     assert len(timings["a"].samples) == 20 * MOST_IN_BATCH
 
 
-def test_rounds_stop_in_time_but_never_before_the_least() -> None:
+def test_rounds_stop_in_time_but_never_before_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minikd.bench.measure.calibrate", lambda call: Turn(calls=1, samples=3, warm=True))
     timings = interleave({"a": lambda: None}, Effort(1000, 0.0))
-    assert len(timings["a"].samples) == LEAST_ROUNDS * MOST_IN_BATCH
+    assert len(timings["a"].samples) == LEAST_ROUNDS * 3
 
 
 def test_each_round_has_every_contender_once_in_another_order() -> None:
