@@ -70,16 +70,10 @@ typedef uint32_t bits;
 #define fused(a, b, c) REAL(fma)(a, b, c)
 #define fused_double(a, b, c) fma(a, b, c)
 #define exact_product(a, b, c) fused(a, b, c)
-#define PRODUCTS_ARE_EXACT 1
 #else
 #define fused(a, b, c) ((a) * (b) + (c))
 #define fused_double(a, b, c) ((a) * (b) + (c))
 #define exact_product(a, b, c) ((real)((double)(a) * (double)(b) + (double)(c)))
-#ifdef MINIKD_DOUBLE
-#define PRODUCTS_ARE_EXACT 0
-#else
-#define PRODUCTS_ARE_EXACT 1
-#endif
 #endif
 
 INLINE bits to_bits(real x)

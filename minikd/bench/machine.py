@@ -25,6 +25,7 @@ import numpy as np
 
 import minikd
 from minikd.kernels import BACKENDS, current_backend
+from minikd.kernels.native import usable_cpus
 
 # Bytes for each value of one array, by pattern; the smallest and the largest array.
 PATTERNS = {"read": 4, "copy": 8, "add": 16}
@@ -70,13 +71,6 @@ def cpu_level() -> str:
     if BACKENDS["c"].missing():
         return ""
     return str(importlib.import_module(BACKENDS["c"].module).cpu_level())
-
-
-def usable_cpus() -> list[int]:
-    """The processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def blas() -> str:

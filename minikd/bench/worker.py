@@ -22,8 +22,9 @@ import numpy as np
 import minikd
 from minikd.bench.cases import KERNELS, Inputs, Kernel, shape_text
 from minikd.bench.contenders import CONTENDERS, Bound
-from minikd.bench.machine import LARGEST, patterns, usable_cpus
+from minikd.bench.machine import LARGEST, patterns
 from minikd.bench.measure import Effort, Timing, interleave
+from minikd.kernels.native import usable_cpus
 from minikd.ops import Shape
 
 # --- the conditions ---

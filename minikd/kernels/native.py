@@ -74,11 +74,11 @@ def cpu_level() -> str:
     return wanted
 
 
-def usable_processors() -> int:
+def usable_cpus() -> list[int]:
     """The processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 MOST_THREADS = 256
@@ -97,7 +97,7 @@ def _use_default_threads() -> None:
             fix="Unset it to take one thread for each processor.",
         )
     if _module is not None:
-        _module.lib.minikd_set_threads(int(wanted) if wanted else usable_processors())
+        _module.lib.minikd_set_threads(int(wanted) if wanted else len(usable_cpus()))
 
 
 def heed_environment() -> None:
