@@ -11,7 +11,8 @@ import numpy as np
 
 from minikd import functional as F
 from minikd.errors import ArgumentError, ShapeError
-from minikd.kernels import as_real
+from minikd.kernels import as_real, run
+from minikd.kernels.recording import LAYOUT, Recorder, recorder, refuse_reading
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.tape import no_grad
 from minikd.tensor import Tensor
@@ -133,6 +134,9 @@ class Module:
 
     def __call__(self, x: Any, features: Sequence[str] = ()) -> Any:
         """The output for inputs x (n, k), or with `features` the pair (output, {name: what that part put out})."""
+        writing = recorder()
+        if writing is not None:
+            self._guard_parts(writing)
         if not features:
             return self.forward(x)
         known = dict(self.named_modules())
@@ -144,6 +148,16 @@ class Module:
 
     def _forward_with_features(self, x: Any, features: Sequence[str]) -> Any:
         raise ArgumentError("Module", "features", expected="asked of a Sequential", got=type(self).__name__)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        LAYOUT.changed()
+
+    def _guard_parts(self, writing: Recorder) -> None:
+        """A plan holds for the parts, parameters and modes that it was recorded with."""
+        for _, module in self.named_modules():
+            for name in vars(module):
+                writing.guard(module, name)
 
     # --- parts and parameters ---
 
@@ -336,13 +350,20 @@ class Dropout(Module):
         super().__init__()
         if not 0 <= p < 1:
             raise ArgumentError("Dropout", "p", expected="in [0, 1)", got=repr(p))
-        self.p, self.seed, self.stream, self.step = float(p), int(seed), int(stream), 0
+        self.p, self.seed, self.stream = float(p), int(seed), int(stream)
+        self._step = np.zeros((), np.int64)
+
+    @property
+    def step(self) -> int:
+        """Training passes so far."""
+        refuse_reading("the step of a dropout layer")
+        return int(self._step)
 
     def forward(self, x: Any) -> Any:
         if not self.training or self.p == 0:
             return x
-        self.step += 1
-        return F.dropout(x, self.p, seed=self.seed, stream=self.stream, step=self.step)
+        run("advance", self._step)
+        return F.dropout(x, self.p, seed=self.seed, stream=self.stream, step=self._step)
 
 
 class Sequential(Module):

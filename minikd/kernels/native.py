@@ -34,6 +34,7 @@ def _load() -> tuple[Any, str]:
 
 
 _module, _missing = _load()
+_NULL = None if _module is None else _module.ffi.NULL
 
 
 def _texts(function: str) -> Iterator[str]:
@@ -154,6 +155,9 @@ def unavailable() -> str:
     return ""
 
 
+FLOAT, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+
+
 class _Place(NamedTuple):
     """Where the value of a letter may be read: the extent of one axis of one buffer; axis -1 is all elements."""
 
@@ -190,7 +194,7 @@ class NativeCall:
         self.record, self.kept, self.refuse = record, kept, refuse
 
     def __call__(self) -> None:
-        status = _module.lib.minikd_run(self.record, 1)
+        status = _module.lib.minikd_run(self.record, 1, _NULL)
         if status:
             self.refuse(status)
 
@@ -228,7 +232,7 @@ class NativeLaunch:
             places[k] = pointer(buffers[k])
         for i, k in enumerate(self.numbers):
             values[i] = buffers[k]
-        status = _module.lib.minikd_run(record, 1)
+        status = _module.lib.minikd_run(record, 1, _NULL)
         self.free.append(used)
         if status:
             _refuse(self.op, self.arguments, buffers, status)
@@ -252,12 +256,12 @@ def launcher(name: str, level: str = "") -> Callable[[Sequence[Any], dict[str, A
     ffi, lib = _module.ffi, _module.lib
     chosen = (level or cpu_level()).encode()
     _use_default_threads()
-    kernels = {np.dtype(f"f{8 if d else 4}"): lib.minikd_find(name.encode(), d, chosen) for d in (0, 1)}
+    kernels = {(FLOAT, DOUBLE)[d]: lib.minikd_find(name.encode(), d, chosen) for d in (0, 1)}
     reals = tuple(k for k, a in enumerate(arguments) if a.kind == "real")
     letters = tuple(_places(arguments, letter) for letter in op.letters)
 
     def launch(buffers: Sequence[Any], attrs: dict[str, Any]) -> NativeLaunch:
-        real = next(buffers[k].dtype for k in reals if buffers[k] is not None)
+        real = next((buffers[k].dtype for k in reals if buffers[k] is not None), FLOAT)
         sizes = [_size(buffers, places) for places in letters]
         blank = ffi.new("minikd_call *", (kernels[real], [], sizes, _attributes(op, attrs)))
         return NativeLaunch(op, arguments, buffers, blank)
