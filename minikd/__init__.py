@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Tensor": "minikd.tensor",
     "no_grad": "minikd.tape",
+    "compile": "minikd.steps",
     "backends": "minikd.kernels",
     "use_backend": "minikd.kernels",
     "distill": "minikd.distillation",

@@ -156,8 +156,9 @@ class Module:
     def _guard_parts(self, writing: Recorder) -> None:
         """A plan holds for the parts, parameters and modes that it was recorded with."""
         for _, module in self.named_modules():
-            for name in vars(module):
-                writing.guard(module, name)
+            for name, value in vars(module).items():
+                if value is None or isinstance(value, Module | Tensor | tuple | bool):
+                    writing.guard(module, name)
 
     # --- parts and parameters ---
 

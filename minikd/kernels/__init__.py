@@ -203,6 +203,17 @@ def bind(name: str, *buffers: Any, **attrs: Any) -> Call:
     return _current().launch(name, buffers, _complete(name, attrs)).bind(*buffers)
 
 
+def join(calls: Sequence[Call]) -> list[Call]:
+    """The same work in fewer calls: neighbours that the backend can run as one are put together."""
+    module = importlib.import_module(BACKENDS[current_backend()].module)
+    return module.join(calls) if hasattr(module, "join") else list(calls)
+
+
+def in_use() -> _InUse:
+    """What stands for the backend in use, another object after each `use_backend`."""
+    return _in_use[0] if _in_use else _current()
+
+
 def run(name: str, *buffers: Any, **attrs: Any) -> None:
     """Run kernel `name` once on these buffers: ``bind(…)()``, without a call that would be thrown away."""
     _current().run(name, *buffers, **attrs)

@@ -9,6 +9,7 @@ processors, or as many as MINIKD_NUM_THREADS says; its result does not depend on
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -197,6 +198,62 @@ class NativeCall:
         status = _module.lib.minikd_run(self.record, 1, _NULL)
         if status:
             self.refuse(status)
+
+
+class NativeSequence:
+    """Bound calls of C kernels that run one after the other, as one call."""
+
+    __slots__ = ("calls", "done", "records")
+
+    def __init__(self, calls: Sequence[NativeCall]) -> None:
+        self.calls = tuple(calls)
+        self.records = _module.ffi.new("minikd_call[]", [call.record[0] for call in calls])
+        self.done = _module.ffi.new("int64_t[2]")
+
+    def __call__(self) -> None:
+        status = _module.lib.minikd_run(self.records, len(self.calls), self.done + 1)
+        if status:
+            self.calls[self.calls_done].refuse(status)
+
+    def repeat(self, inputs: Sequence[tuple[Any, Any]], outputs: Sequence[tuple[Any, Any]], rounds: int) -> None:
+        """Run `rounds` times, round r between copies: ``to[...] = from[r]`` of inputs, ``to[r] = from`` of outputs.
+
+        All arrays are contiguous; the two of a pair agree in dtype, and in shape but for the axis of the rounds.
+        """
+        ffi = _module.ffi
+        before = ffi.new("minikd_copy[]", [_copy(to, from_, 0, to.nbytes) for to, from_ in inputs])
+        after = ffi.new("minikd_copy[]", [_copy(to, from_, from_.nbytes, 0) for to, from_ in outputs])
+        counts = len(self.calls), len(inputs), len(outputs)
+        status = _module.lib.minikd_repeat(
+            self.records, counts[0], before, counts[1], after, counts[2], rounds, self.done
+        )
+        if status:
+            self.calls[self.calls_done].refuse(status)
+
+    @property
+    def rounds_done(self) -> int:
+        """How many rounds the last `repeat` completed."""
+        return int(self.done[0])
+
+    @property
+    def calls_done(self) -> int:
+        """How many calls were completed in the last run, or in the last round of a `repeat`."""
+        return int(self.done[1])
+
+
+def _copy(to: Any, from_: Any, to_stride: int, from_stride: int) -> tuple[Any, ...]:
+    """The fields of a `minikd_copy`; what it points to is kept alive by the caller."""
+    pointer = _module.ffi.from_buffer
+    return (pointer(to), pointer(from_), max(to_stride, from_stride), to_stride, from_stride)
+
+
+def join(calls: Sequence[Any]) -> list[Any]:
+    """The same calls, neighbours that are C kernels put together."""
+    parts: list[Any] = []
+    for native, group in itertools.groupby(calls, lambda call: isinstance(call, NativeCall)):
+        neighbours = list(group)
+        parts += [NativeSequence(neighbours)] if native else neighbours
+    return parts
 
 
 class NativeLaunch:

@@ -95,7 +95,7 @@ class Recorder:
 
     Attributes
     ----------
-    calls, storages : what ran, on what.
+    calls, storages : what ran, on what.  arrays : the buffers that do not lie in memory made by the step.
     guards : see `Guard`.
     gradients : what became of each leaf's gradient: the array that it has after the step, or None if it has none.
     found_gradients : leaves whose gradient of before the step was looked at, with whether there was one.
@@ -106,6 +106,7 @@ class Recorder:
         self.forgiving = forgiving
         self.refusal: PlanError | None = None
         self.calls: list[Recorded] = []
+        self.arrays: dict[Buffer, Any] = {}
         self.storages: list[Storage] = []
         self.gradients: dict[Any, Any] = {}
         self.found_gradients: dict[Any, bool] = {}
@@ -156,8 +157,8 @@ class Recorder:
         """The step does what cannot be replayed: raise it, or note it if this recorder is forgiving."""
         expected = "made of operations alone, so that it can be replayed"
         error = PlanError("compile", "the step", expected=expected, got=f"{got} ({user_line()})", fix=fix)
-        state = "had already changed" if self.wrote_kept() else "are as they were before the step"
-        error.add_note(f"The call stopped there; parameters and optimizer {state}.")
+        state = "had changed by then" if self.changed else "are as they were before the step"
+        error.add_note(f"The step stopped there; the parameters {state}.")
         if not self.forgiving:
             raise error
         self.refusal = self.refusal or error
@@ -172,16 +173,15 @@ class Recorder:
         storage = self._known.get(id(owner))
         if storage is None:
             storage = self._add(KEPT, owner)
-        return Buffer(storage, address(buffer) - address(owner), buffer.shape, buffer.dtype)
+        place = Buffer(storage, address(buffer) - address(owner), buffer.shape, buffer.dtype)
+        if self.storages[storage].kind != MADE:
+            self.arrays.setdefault(place, plain(buffer))
+        return place
 
     def knows(self, array: Any) -> bool:
         """Whether this array looks at an argument or at memory that the step's kernels fill."""
         storage = self._known.get(id(owner_of(array)))
         return storage is not None and self.storages[storage].kind in (ARGUMENT, MADE, CONSTANT)
-
-    def wrote_kept(self) -> bool:
-        """Whether any kernel so far has written to memory that was there before the step."""
-        return any(writes_kept(call, self.storages) for call in self.calls)
 
     def _add(self, kind: str, array: Any) -> int:
         owner = owner_of(array)
@@ -199,11 +199,6 @@ def written(call: Recorded) -> list[Buffer]:
     roles = ("din",) if backward else ("out", "update", "saved")
     arguments = op.arguments(backward, len(call.buffers))
     return [b for a, b in zip(arguments, call.buffers, strict=True) if b is not None and a.role in roles]
-
-
-def writes_kept(call: Recorded, storages: Sequence[Storage]) -> bool:
-    """Whether a call changes what was there before the step."""
-    return any(b.storage >= 0 and storages[b.storage].kind == KEPT for b in written(call))
 
 
 def content(call: Recorded, storages: Sequence[Storage]) -> tuple[Any, ...]:
