@@ -8,13 +8,14 @@ are read from them afterwards, so that no plan ever looks at memory that somebod
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minikd.kernels import Call, bind, join
-from minikd.kernels.recording import ARGUMENT, MADE, Buffer, Recorded, Recorder, written
+from minikd.kernels.recording import ARGUMENT, CONSTANT, MADE, Buffer, Recorded, Recorder, written
 from minikd.ops import OPS
 
 ALIGNMENT = 64  # bytes: a line of the cache, and the widest vector
@@ -95,6 +96,24 @@ def share_in_place(calls: Sequence[Recorded], spans: dict[int, Span], sizes: dic
     return root
 
 
+def _origins(recorder: Recorder, calls: Sequence[Recorded], parameters: set[int]) -> list[str]:
+    """In words, where each storage is from; an empty text for memory that the step makes."""
+    changed = {b.storage for call in calls for b in written(call)}
+    gradients = {b.storage for call in calls if call.name.endswith("_vjp") for b in written(call)}
+    arguments = [k for k, s in enumerate(recorder.storages) if s.kind == ARGUMENT]
+
+    def origin(k: int, kind: str) -> str:
+        if kind in (MADE, CONSTANT):
+            return "" if kind == MADE else "constant"
+        if kind == ARGUMENT:
+            return f"argument {arguments.index(k)}"
+        return (
+            "parameters" if k in parameters else "gradients" if k in gradients else "state" if k in changed else "data"
+        )
+
+    return [origin(k, s.kind) for k, s in enumerate(recorder.storages)]
+
+
 class Memory(NamedTuple):
     """What a plan takes for what is computed on the way, in bytes: with places reused, and if each had its own."""
 
@@ -114,8 +133,9 @@ class Plan:
     ----------
     arguments : the arrays into which a run's arguments are copied.
     results : where the results are after a run.
-    calls : what is run, in order, for those who want to look (`minikd.explain`); `arrays` are the buffers of each.
-    parts : the same as calls without arguments, as few as possible.
+    calls : what is run, in order, for those who want to look (`minikd.explain`); `arrays` are the buffers of each,
+        `bound` runs each, `origins` says where each storage is from.
+    parts : the same in as few calls as possible.
     memory : see `Memory`.
     """
 
@@ -152,6 +172,7 @@ class Plan:
         parameters = {recorder.place(tensor.array).storage for tensor in recorder.changed}
         changes = (k for k, c in enumerate(self.calls) if any(b.storage in parameters for b in written(c)))
         self._first_change = next(changes, len(self.calls))
+        self.origins = _origins(recorder, self.calls, parameters)
 
     @property
     def one_call(self) -> bool:
@@ -198,6 +219,14 @@ class Plan:
             self.run()
             for place, result in zip(self.results, results, strict=True):
                 result[r] = place
+
+    def explain(self, timed: bool = True) -> str:
+        """See `minikd.explain.explain`."""
+        return str(importlib.import_module("minikd.explain").explain(self, timed))
+
+    def dot(self) -> str:
+        """See `minikd.explain.dot`."""
+        return str(importlib.import_module("minikd.explain").dot(self))
 
     def _stopped_at(self) -> int:
         """The number of calls that the run under way has completed, or more."""

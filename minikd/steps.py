@@ -353,6 +353,31 @@ class Step:
             if variant in found:
                 found.remove(variant)
 
+    # --- looking inside ---
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans that were made so far, one for each combination of shapes and settings."""
+        return [v.plan for found in self._variants.values() for v in found if v.plan is not None]
+
+    @property
+    def refusals(self) -> list[PlanError]:
+        """Why calls run as they stand, where the step is compiled with fallback=True and cannot be replayed."""
+        return [v.refusal for found in self._variants.values() for v in found if v.refusal is not None]
+
+    def explain(self, timed: bool = True) -> str:
+        """What the step is made of: see `minikd.explain.explain`. With several plans each has its table.
+
+        Raises
+        ------
+        PlanError : there is no plan yet.
+        """
+        with self._lock:
+            if not self.plans:
+                fix = "Call it twice; it is recorded then."
+                raise PlanError("explain", "the step", expected="one with a plan", got="one without", fix=fix)
+            return "\n\n".join(plan.explain(timed) for plan in self.plans)
+
     # --- many steps at once ---
 
     def epoch(self, *arguments: Any, on_progress: Callable[[int, Any], None] | None = None) -> Any:

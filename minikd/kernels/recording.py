@@ -138,6 +138,8 @@ class Recorder:
 
     def note_conversion(self, argument: str, value: Any, array: Any) -> None:
         """A value became this array: a number's array is a constant, and an unknown value may not be converted."""
+        if array is value:
+            return
         if isinstance(value, bool | int | float | np.generic):
             self.constant(array)
         elif isinstance(value, np.ndarray) and self.knows(value) and not self.knows(array):
