@@ -88,12 +88,9 @@ def _bytes(call: Recorded, arrays: Sequence[Any]) -> int:
     name = call.name.removesuffix("_vjp")
     arguments = OPS[name].arguments(call.name != name, len(arrays))
     gathers = any(a.name == "rows" for a in arguments)
-    taken = max((arr.nbytes for a, arr in zip(arguments, arrays, strict=True) if a.role == "out"), default=0)
-    total = 0
-    for argument, array in zip(arguments, arrays, strict=True):
-        if array is not None:
-            total += min(array.nbytes, taken) if gathers and argument.name == "x" else array.nbytes
-    return total
+    there = [(a.name, a.role, array.nbytes) for a, array in zip(arguments, arrays, strict=True) if array is not None]
+    taken = max((size for _, role, size in there if role == "out"), default=0)
+    return sum(min(size, taken) if gathers and name == "x" else size for name, _, size in there)
 
 
 def _shape(shape: tuple[int, ...]) -> str:
