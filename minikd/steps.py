@@ -28,14 +28,15 @@ from minikd.errors import ArgumentError, DTypeError, PlanError, ShapeError
 from minikd.kernels import FLOATS, in_use
 from minikd.kernels.recording import LAYOUT, Guard, Recorder, Traced, content, plain, recorder, recording, refuse
 from minikd.plan import Plan
-from minikd.tape import is_recording
+from minikd.tape import is_recording, no_grad
 from minikd.tensor import Tensor
 
 __all__ = ["Step", "compile"]
 
 # A call of C is cut to about this long, so that Ctrl-C and progress bars are heeded.
 SECONDS_A_CALL = 0.05
-# More recordings of one step than this are a mistake: a number that changes was given as a Python number.
+# More recordings of one step than this are a mistake: a number that changes was given as a Python number. A step that
+# may fall back forgets the others instead.
 MOST_VARIANTS = 32
 
 
@@ -111,9 +112,12 @@ def _place_for(value: Any) -> Any:
 # --- results ---
 
 
+Leaf = Tensor | np.ndarray | np.generic
+
+
 def _leaves(value: Any) -> Iterator[Any]:
-    """The tensors and arrays in what a step returned."""
-    if isinstance(value, Tensor | np.ndarray):
+    """The tensors, arrays and NumPy numbers in what a step returned."""
+    if isinstance(value, Leaf):
         yield value
     elif isinstance(value, dict):
         for v in value.values():
@@ -125,7 +129,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _rebuilt(value: Any, leaves: Iterator[Any]) -> Any:
     """The same structure with these leaves in it."""
-    if isinstance(value, Tensor | np.ndarray):
+    if isinstance(value, Leaf):
         return next(leaves)
     if isinstance(value, dict):
         return {k: _rebuilt(v, leaves) for k, v in value.items()}
@@ -136,7 +140,7 @@ def _rebuilt(value: Any, leaves: Iterator[Any]) -> Any:
 
 
 def _array_of(leaf: Any) -> Any:
-    return plain(leaf.array if isinstance(leaf, Tensor) else leaf)
+    return plain(leaf.array) if isinstance(leaf, Tensor) else plain(np.asanyarray(leaf))
 
 
 def _like(leaf: Any, array: Any) -> Any:
@@ -161,7 +165,7 @@ class _Variant:
         self.refusal: PlanError | None = None
         self.writer: Recorder | None = None  # of the first call, until the second confirms it
         self.used: Any = None  # what stands for the backend
-        self.tape_on = True
+        self.tape_on: bool | None = None  # whether gradients were recorded; None if it does not matter
         self.layout = -1
         self.guards: list[Guard] = []
         self.found_gradients: list[tuple[Tensor, bool]] = []
@@ -175,7 +179,7 @@ class _Variant:
         given = [value if place is None else _handed_over(value, place) for value, place in pairs]
         positional = len(given) - len(names)
         before, writer = self.writer, Recorder([p for p in self.places if p is not None], forgiving=step.fallback)
-        self.used, self.tape_on = in_use(), is_recording()
+        self.used, self.tape_on = in_use(), is_recording() if step.differentiable else None
         with recording(writer):
             returned = function(*given[:positional], **dict(zip(names, given[positional:], strict=True)))
         self.writer, self.refusal = writer, writer.refusal
@@ -208,7 +212,7 @@ class _Variant:
         """Whether what was recorded still holds, as far as it is not a matter of the arguments."""
         if self.used is None:
             return True
-        if self.used is not in_use() or self.tape_on is not is_recording():
+        if self.used is not in_use() or (self.tape_on is not None and self.tape_on is not is_recording()):
             return False
         for tensor, had in self.found_gradients:
             if tensor.has_gradient is not had:
@@ -248,15 +252,15 @@ class _Variant:
         leaves = [_like(leaf, array) for leaf, array in zip(self.leaves, self.results, strict=True)]
         return _rebuilt(self.returned, iter(leaves))
 
-    def repeat(self, stacks: Sequence[Any], count: int) -> list[Any]:
-        """Replay `count` times, on each entry of these arrays; the results with one more axis in front."""
+    def repeat(self, stacks: Sequence[Any]) -> Any:
+        """Replay on each entry of these arrays; the results as arrays with one more axis in front."""
         assert self.plan is not None
+        count = len(stacks[0])
         arguments = [np.ascontiguousarray(x, p.dtype) for x, p in zip(stacks, self.places, strict=True)]
-        results = [np.empty((count, *r.shape), r.dtype) for r in self.results]
-        unseen = [np.empty((count, *r.shape), r.dtype) for r in self.plan.results[len(results) :]]
-        self.plan.repeat(arguments, [*results, *unseen], count)
+        results = [np.empty((count, *r.shape), r.dtype) for r in self.plan.results]
+        self.plan.repeat(arguments, results, count)
         self.take_effect(count)
-        return results
+        return _rebuilt(self.returned, iter(results))
 
     def take_effect(self, runs: int) -> None:
         """Leave tensors as the step leaves them: with their gradients, and known to have changed."""
@@ -300,12 +304,20 @@ def _difference(first: Recorder, second: Recorder) -> PlanError | None:
 class Step:
     """A function that is recorded when it first runs and replayed from then on; `compile` makes it.
 
-    One thread at a time runs it; another waits.
+    One thread at a time runs it; another waits. `differentiable=False` runs the function without recording gradients.
     """
 
-    def __init__(self, function: Callable[..., Any], *, fallback: bool, confirm: bool) -> None:
-        functools.update_wrapper(self, function)
-        self.function, self.fallback, self.confirm = function, bool(fallback), bool(confirm)
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        fallback: bool = False,
+        confirm: bool = True,
+        differentiable: bool = True,
+    ) -> None:
+        functools.update_wrapper(self, function, updated=())
+        self.function = function if differentiable else no_grad()(function)
+        self.fallback, self.confirm, self.differentiable = bool(fallback), bool(confirm), differentiable
         self._variants: dict[Any, list[_Variant]] = {}
         self._last: _Variant | None = None  # the one that ran last, if it has a plan
         self._lock = threading.RLock()
@@ -341,7 +353,9 @@ class Step:
         for variant in found:
             if variant.fits():
                 return variant
-        if sum(map(len, self._variants.values())) >= MOST_VARIANTS:
+        if sum(map(len, self._variants.values())) >= MOST_VARIANTS and self.fallback:
+            self._variants = {key: found}  # whoever asks for so many is served as well as can be
+        elif sum(map(len, self._variants.values())) >= MOST_VARIANTS:
             expected = f"called with at most {MOST_VARIANTS} combinations of shapes, settings and Python values"
             fix = "Give a number that varies as np.array(number), an array without axes."
             raise PlanError("compile", "the step", expected=expected, got="one more", fix=fix)
@@ -380,15 +394,15 @@ class Step:
 
     # --- many steps at once ---
 
-    def epoch(self, *arguments: Any, on_progress: Callable[[int, Any], None] | None = None) -> Any:
+    def epoch(self, *arguments: Any, on_progress: Callable[[int], None] | None = None) -> Any:
         """Run the step once for each entry of the arguments' first axis: ``[step(x[k], y[k]) for k in …]``.
 
         Parameters
         ----------
-        arguments : arrays with one more axis in front than the step takes, of one length; the rows of an epoch's
-            shuffled batches (steps, batch size) for example.
-        on_progress : called with the number of steps done and the results so far, after each call of C; such a call
-            takes about 50 ms, and Ctrl-C is heeded between two.
+        arguments : arrays with one more axis in front than the step takes, all of one length; the row numbers of an
+            epoch's batches (steps, batch size) for example.
+        on_progress : called with the number of steps done after each call of C; such a call takes about 50 ms, and
+            Ctrl-C is heeded between two.
 
         Returns
         -------
@@ -396,37 +410,45 @@ class Step:
 
         Raises
         ------
-        ShapeError : the arguments differ in length, or there is none.
-        MinikdError : what the step itself raises; a note says in which step.
+        ShapeError : the arguments differ in length, or there is nothing to run on.
+        MinikdError : what the step itself raises; a note says in which step of a call.
         """
+        done, portions = 0, []
+        for count, portion in self._portions(*arguments):
+            portions.append(portion)
+            done += count
+            if on_progress is not None:
+                on_progress(done)
+        columns = zip(*(_leaves(portion) for portion in portions), strict=True)
+        return _rebuilt(portions[0], (column[0] if len(column) == 1 else np.concatenate(column) for column in columns))
+
+    def portions(self, *arguments: Any) -> Iterator[Any]:
+        """As `epoch`, in portions of about 50 ms: yields the results of each, so that a caller may stop or report."""
+        return (portion for _, portion in self._portions(*arguments))
+
+    def _portions(self, *arguments: Any) -> Iterator[tuple[int, Any]]:
+        """The number of steps in each portion, and their results."""
         refuse("an epoch of another step", "Call that step by itself.")
         arrays = [np.asarray(x) for x in arguments]
-        steps = {x.shape[:1] for x in arrays}
-        if len(steps) != 1 or steps & {(), (0,)}:
+        lengths = {x.shape[:1] for x in arrays}
+        if len(lengths) != 1 or lengths & {(), (0,)}:
             expected = "arrays of one length, one entry for each step"
             got = "shapes " + (", ".join(str(x.shape) for x in arrays) or "of no array")
             raise ShapeError("epoch", "arguments", expected=expected, got=got)
-        with self._lock:
-            return self._run_epoch(len(arrays[0]), arrays, on_progress)
-
-    def _run_epoch(self, steps: int, arguments: Sequence[Any], on_progress: Any) -> Any:
-        done, seconds = 0, math.inf
-        wholes: list[Any] | None = None
+        done, steps, seconds = 0, len(arrays[0]), math.inf
         while done < steps:
-            first = tuple(np.asarray(x[done]) for x in arguments)
-            variant, started = self._variant((), first), time.monotonic()
-            if variant.plan is None:
-                count, returned = 1, self._find_and_run(first, {})
-                parts = [_array_of(leaf)[None] for leaf in _leaves(returned)]
-            else:
-                count = min(steps - done, max(1, int(SECONDS_A_CALL / seconds)))
-                parts = variant.repeat([x[done : done + count] for x in arguments], count)
-                returned = variant.returned
-            seconds = (time.monotonic() - started) / count
-            wholes = wholes or [np.empty((steps, *part.shape[1:]), part.dtype) for part in parts]
-            for whole, part in zip(wholes, parts, strict=True):
-                whole[done : done + count] = part
+            count, started = min(steps - done, max(1, int(SECONDS_A_CALL / seconds))), time.monotonic()
+            with self._lock:
+                count, portion = self._portion([x[done : done + count] for x in arrays])
+            seconds = max((time.monotonic() - started) / count, 1e-9)
             done += count
-            if on_progress is not None:
-                on_progress(done, _rebuilt(returned, iter([whole[:done] for whole in wholes])))
-        return _rebuilt(returned, iter(wholes or []))
+            yield count, portion
+
+    def _portion(self, arrays: Sequence[Any]) -> tuple[int, Any]:
+        """Run the step on entries of these arrays: on all of them by its plan, or on the first without one."""
+        first = tuple(x[0, ...] for x in arrays)
+        variant = self._variant((), first)
+        if variant.plan is not None:
+            return len(arrays[0]), variant.repeat(arrays)
+        returned = self._find_and_run(first, {})
+        return 1, _rebuilt(returned, iter([_array_of(leaf)[None] for leaf in _leaves(returned)]))

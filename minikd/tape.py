@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,14 +125,21 @@ def is_recording() -> bool:
     return _tape.recording
 
 
-@contextmanager
-def no_grad() -> Iterator[None]:
-    """Inside, nothing is recorded: results need no gradient and no memory is kept for backward."""
-    before, _tape.recording = _tape.recording, False
-    try:
-        yield
-    finally:
-        _tape.recording = before
+class no_grad(ContextDecorator):
+    """``with no_grad():`` nothing is recorded: results need no gradient and no memory is kept for backward.
+
+    Also a decorator of functions: ``@no_grad()``.
+    """
+
+    def __init__(self) -> None:
+        self.before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self.before.append(_tape.recording)
+        _tape.recording = False
+
+    def __exit__(self, *exception: Any) -> None:
+        _tape.recording = self.before.pop()
 
 
 def record(name: str, inputs: Sequence[Any], make: Any, **attrs: Any) -> Tensor:
