@@ -18,6 +18,7 @@ _PUBLIC = {
     "compile": "minikd.steps",
     "backends": "minikd.kernels",
     "use_backend": "minikd.kernels",
+    "threads": "minikd.kernels.threads",
     "distill": "minikd.distillation",
     "save": "minikd.export",
     "load": "minikd.export",

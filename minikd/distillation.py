@@ -25,7 +25,7 @@ from minikd import metrics
 from minikd.data import Dataset, batches, load
 from minikd.errors import ArgumentError, ShapeError
 from minikd.kernels import BACKENDS, current_backend, use_backend
-from minikd.kernels.blas import threads_for
+from minikd.kernels.threads import blas_threads_for
 from minikd.nn import MLP, Module
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.optim import OPTIMIZERS, SCHEDULES
@@ -460,7 +460,7 @@ class Experiment:
         """Train everything; an exception or Ctrl-C passes through, and `result` then holds what was complete."""
         self._started = time.monotonic()
         try:
-            with threads_for(self._largest_product()):
+            with blas_threads_for(self._largest_product()):
                 for seed in self.settings.seeds:
                     self._run_seed(seed)
         finally:
