@@ -9,6 +9,7 @@
 #include "dropout.inc.c"
 #include "losses.inc.c"
 #include "predictions.inc.c"
+#include "products.inc.c"
 #include "shapes.inc.c"
 #include "softmax.inc.c"
 #include "updates.inc.c"
@@ -36,6 +37,18 @@ const minikd_entry MINIKD_TABLE[] = {
     {"bias_sigmoid_vjp", bias_sigmoid_vjp},
     {"bias_gelu", bias_gelu},
     {"bias_gelu_vjp", bias_gelu_vjp},
+    {"matmul", matmul},
+    {"matmul_vjp", matmul_vjp},
+    {"linear", linear},
+    {"linear_vjp", linear_vjp},
+    {"linear_relu", linear_relu},
+    {"linear_relu_vjp", linear_relu_vjp},
+    {"linear_tanh", linear_tanh},
+    {"linear_tanh_vjp", linear_tanh_vjp},
+    {"linear_sigmoid", linear_sigmoid},
+    {"linear_sigmoid_vjp", linear_sigmoid_vjp},
+    {"linear_gelu", linear_gelu},
+    {"linear_gelu_vjp", linear_gelu_vjp},
     {"sgd_step", sgd_step},
     {"adam_step", adam_step},
     {"dropout", dropout},

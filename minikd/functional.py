@@ -641,7 +641,7 @@ def gelu(x: Any) -> Any:
 
 
 def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Any:
-    """f(x weightᵀ + bias): a matrix product, then bias and activation in one traversal.
+    """f(x weightᵀ + bias): a matrix product with bias and activation, as one operation.
 
     Parameters
     ----------
@@ -663,10 +663,11 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None)
     def run(name: str, *inputs: Any) -> Any:
         return apply(name, *inputs) if tensors else evaluate(OPS[name], inputs, {})[0][0]
 
-    product = run("linear", x, weight, None)
-    if bias is not None:
-        return run("bias_" + activation if activation else "bias", product, bias)
-    return run(activation, product) if activation else product
+    if activation is None:
+        return run("linear", x, weight, bias)
+    if bias is None:
+        return run(activation, run("linear", x, weight, None))
+    return run("linear_" + activation, x, weight, bias)
 
 
 def _like_inputs(function: Callable[..., Tensor], inputs: Sequence[Any], *rest: Any) -> Any:

@@ -205,14 +205,16 @@ def test_every_level_agrees_with_the_reference(name: str, dtype: str, level: str
         for actual, wanted in zip(buffers, wide, strict=True):
             assert_agrees(actual, wanted)
         if op.vjp:
-            dins = [np.full_like(x, np.nan) for a, x in zip(op.inputs, inputs, strict=True) if a.name in op.wrt]
+            given = [x for a, x in zip(op.inputs, inputs, strict=True) if a.name in op.wrt]
+            dins = [None if x is None else np.full_like(x, np.nan) for x in given]
             douts = [np.asarray(rng.normal(size=x.shape), dtype) for x in buffers[: len(op.outs)]]
             behind = [*douts, *buffers, *inputs]
             run(level, name + "_vjp", *dins, *behind, **full)
             wide_dins = [widen(x) for x in dins]
             reference(name + "_vjp", *wide_dins, *(widen(x) for x in behind), **full)
             for actual, wanted in zip(dins, wide_dins, strict=True):
-                assert_agrees(actual, wanted)
+                if actual is not None:
+                    assert_agrees(actual, wanted)
 
 
 @each_level

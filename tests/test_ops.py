@@ -16,6 +16,7 @@ from minikd.errors import ArgumentError, DTypeError, ShapeError
 from minikd.kernels import BACKENDS, bind, execute, input_arguments, kernel_names, prepare
 from minikd.ops import OPS, Op
 from minikd.ops.__main__ import page
+from minikd.ops.elementwise import ACTIVATIONS
 from minikd.ops.op import KINDS, register
 
 FLOATS = ("float32", "float64")
@@ -44,6 +45,7 @@ TOLERANCES = {
     "matmul_vjp": SUMS,
     "linear": SUMS,
     "linear_vjp": SUMS,
+    **{f"linear_{activation}{suffix}": SUMS for activation in ACTIVATIONS for suffix in ("", "_vjp")},
     "sum": SUMS,
     "mean": SUMS,
     "sum_to": SUMS,
@@ -306,6 +308,7 @@ KINKS = {
     "abs": lambda x: x,
     "maximum": lambda a, b: a - b,
     "bias_relu": lambda x, b: x + b,
+    "linear_relu": lambda x, w, b: x @ w.T + b,
 }
 
 

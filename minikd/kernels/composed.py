@@ -15,6 +15,7 @@ import numpy as np
 
 from minikd.errors import bad_temperature
 from minikd.kernels.reference import quietly
+from minikd.ops.elementwise import ACTIVATIONS
 from minikd.ops.losses import labelled_rows, row_scale
 
 Run = Callable[..., None]
@@ -121,7 +122,34 @@ def _linear_distillation_loss(
     loss[...] = total
 
 
+# --- a layer: a matrix product, then bias and activation ---
+
+
+def _layer(activation: str) -> dict[str, Callable[..., None]]:
+    """The kernels of y = f(x wᵀ + b), on top of those of y = f(x + b)."""
+    bias, keeps = "bias_" + activation, ACTIVATIONS[activation].reads == "u"
+
+    def forward(run: Run, y: Any, *others: Any) -> None:
+        *saved, x, w, b = others
+        product = saved[0] if keeps and saved[0] is not None else y
+        np.matmul(x, w.T, out=product)
+        run(bias, y, product, b)
+
+    def vjp(run: Run, dx: Any, dw: Any, db: Any, dy: Any, y: Any, *others: Any) -> None:
+        *saved, x, w, b = others
+        du = None if dx is None and dw is None else np.empty_like(dy)
+        run(bias + "_vjp", du, db, dy, y, saved[0] if keeps else None, b if keeps else None)
+        if dx is not None:
+            np.matmul(du, w, out=dx)
+        if dw is not None:
+            np.matmul(du.T, x, out=dw)
+
+    return {f"linear_{activation}": forward, f"linear_{activation}_vjp": vjp}
+
+
 KERNELS: dict[str, Callable[..., None]] = {"linear_distillation_loss": _linear_distillation_loss}
+for _activation in ACTIVATIONS:
+    KERNELS |= _layer(_activation)
 
 
 def binder(name: str, run: Run) -> Callable[..., Callable[[], None]]:

@@ -1,4 +1,4 @@
-"""Matrix products, and a bias followed by an activation."""
+"""Matrix products, a bias followed by an activation, and both in one."""
 
 from __future__ import annotations
 
@@ -107,3 +107,47 @@ IDENTITY = Activation("u", "1", "", lambda xp, y, u: xp.copyto(y, u), lambda xp,
 register(_bias_op("bias", IDENTITY))
 for _name, _activation in ACTIVATIONS.items():
     register(_bias_op("bias_" + _name, _activation))
+
+
+# --- product + bias + activation: a layer, and with it a step of training, in few calls ---
+
+
+def _layer_op(name: str, activation: Activation) -> Op:
+    keeps = activation.reads == "u"  # backward reads u, and takes it from the product
+
+    def forward(xp: Any, y: Any, *others: Any) -> None:
+        *saved, x, w, b = others
+        product = x @ w.T
+        if keeps and saved[0] is not None:
+            saved[0][...] = product
+        activation.forward(xp, y, product + b)
+
+    def vjp(xp: Any, dx: Any, dw: Any, db: Any, dy: Any, y: Any, *others: Any) -> None:
+        *saved, x, w, b = others
+        du = dy * activation.derivative(xp, y, saved[0] + b if keeps else None)
+        _linear_vjp(xp, dx, dw, db, du, y, x, w, b)
+
+    def example(rng: np.random.Generator, dtype: Any) -> list[Example]:
+        cases: list[Example] = []
+        for n, k, m in ((3, 4, 5), (1, 1, 1), (17, 33, 10), (0, 2, 3), (2, 0, 3)):
+            shapes = ((n, k), (m, k), (m,))
+            cases.append(([np.asarray(rng.normal(size=s) / (k or 1) ** 0.5, dtype) for s in shapes], {}))
+        return cases
+
+    return Op(
+        name=name,
+        formula=f"u = x wᵀ + b;  y = {activation.formula};  du = dy·{activation.derivative_formula};  "
+        "dx = du w;  dw = duᵀ x;  db = Σ_rows du",
+        signature="x(n, k), w(m, k), b(m) -> y(n, m)" + ("; product?(n, m)" if keeps else ""),
+        forward=forward,
+        vjp=vjp,
+        wrt=("x", "w", "b"),
+        vjp_reads=("product", "x", "w", "b") if keeps else ("y", "x", "w"),
+        example=example,
+        analytic=activation.analytic,
+        source=activation.source,
+    )
+
+
+for _name, _activation in ACTIVATIONS.items():
+    register(_layer_op("linear_" + _name, _activation))
