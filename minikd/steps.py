@@ -152,6 +152,8 @@ def _like(leaf: Any, array: Any) -> Any:
 
 # --- one way of running a step ---
 
+_NO = object()  # what stands for a result where nothing was run
+
 
 class _Variant:
     """A step as it was recorded for arguments of one look, first without a plan, then with one.
@@ -163,6 +165,7 @@ class _Variant:
         self.places = tuple(places)  # the plan's own array for each argument that is data, None for the others
         self.plan: Plan | None = None
         self.refusal: PlanError | None = None
+        self.looks: list[tuple[Any, Any, Any]] | None = None  # the places as a quick look compares them
         self.writer: Recorder | None = None  # of the first call, until the second confirms it
         self.used: Any = None  # what stands for the backend
         self.tape_on: bool | None = None  # whether gradients were recorded; None if it does not matter
@@ -204,6 +207,8 @@ class _Variant:
         self.returned = _rebuilt(returned, iter([_empty_like(leaf) for leaf in leaves]))
         self.leaves = list(_leaves(self.returned))
         self.single = isinstance(self.returned, Tensor)
+        if all(p is not None for p in self.places):
+            self.looks = [(p, p.shape, p.dtype) for p in self.places]
         self.writer, self.plan = None, plan
 
     # --- running ---
@@ -224,16 +229,16 @@ class _Variant:
             self.layout = version
         return True
 
-    def takes(self, args: Sequence[Any]) -> bool:
-        """Whether arguments look like those of the recording: a quick look, which may say no to some that do."""
-        if len(args) != len(self.places):
-            return False
-        for value, place in zip(args, self.places, strict=True):
-            if type(value) is not np.ndarray or place is None:
-                return False
-            if value.shape != place.shape or value.dtype != place.dtype:
-                return False
-        return True
+    def try_run(self, args: Sequence[Any]) -> Any:
+        """Replay on these arguments if a quick look says that they fit, else _NO: nothing but speed hangs on this."""
+        looks = self.looks
+        if looks is None or len(args) != len(looks) or not self.fits():
+            return _NO
+        for value, (place, shape, dtype) in zip(args, looks, strict=True):
+            if type(value) is not np.ndarray or value.shape != shape or value.dtype is not dtype:
+                return _NO
+            place[...] = value
+        return self.run()
 
     def fill(self, args: Sequence[Any]) -> None:
         """Copy the arguments into the plan's own arrays."""
@@ -241,9 +246,8 @@ class _Variant:
             if place is not None:
                 place[...] = value.array if type(value) is Tensor else value
 
-    def run(self, args: Sequence[Any]) -> Any:
-        """Replay on these arguments."""
-        self.fill(args)
+    def run(self) -> Any:
+        """Replay on the arguments that were filled in."""
         assert self.plan is not None
         self.plan.run()
         self.take_effect(1)
@@ -326,9 +330,10 @@ class Step:
         if recorder() is not None:
             return self.function(*args, **kwargs)  # within another step: a part of it
         with self._lock:
-            last = self._last
-            if last is not None and not kwargs and last.takes(args) and last.fits():
-                return last.run(args)
+            if self._last is not None and not kwargs:
+                returned = self._last.try_run(args)
+                if returned is not _NO:
+                    return returned
             return self._find_and_run(args, kwargs)
 
     def _find_and_run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -339,7 +344,8 @@ class Step:
             return self.function(*args, **kwargs)
         if variant.plan is not None:
             self._last = None if names else variant
-            return variant.run(values)
+            variant.fill(values)
+            return variant.run()
         try:
             return variant.record(self.function, values, names, self)
         except BaseException:

@@ -203,15 +203,16 @@ class NativeCall:
 class NativeSequence:
     """Bound calls of C kernels that run one after the other, as one call."""
 
-    __slots__ = ("calls", "done", "records")
+    __slots__ = ("calls", "done", "records", "start")
 
     def __init__(self, calls: Sequence[NativeCall]) -> None:
         self.calls = tuple(calls)
         self.records = _module.ffi.new("minikd_call[]", [call.record[0] for call in calls])
         self.done = _module.ffi.new("int64_t[2]")
+        self.start = partial(_module.lib.minikd_run, self.records, len(self.calls), self.done + 1)
 
     def __call__(self) -> None:
-        status = _module.lib.minikd_run(self.records, len(self.calls), self.done + 1)
+        status = self.start()
         if status:
             self.calls[self.calls_done].refuse(status)
 
