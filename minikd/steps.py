@@ -23,10 +23,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from minikd.errors import ArgumentError, DTypeError, PlanError, ShapeError
 from minikd.kernels import FLOATS, in_use
-from minikd.kernels.recording import LAYOUT, Guard, Recorder, Traced, content, plain, recorder, recording, refuse
+from minikd.kernels.recording import (
+    LAYOUT,
+    Guard,
+    Recorder,
+    Traced,
+    anybody_records,
+    content,
+    plain,
+    recorder,
+    recording,
+    refuse,
+)
 from minikd.plan import Plan
 from minikd.tape import is_recording, no_grad
 from minikd.tensor import Tensor
@@ -165,7 +177,8 @@ class _Variant:
         self.places = tuple(places)  # the plan's own array for each argument that is data, None for the others
         self.plan: Plan | None = None
         self.refusal: PlanError | None = None
-        self.looks: list[tuple[Any, Any, Any]] | None = None  # the places as a quick look compares them
+        self.looks: list[tuple[Any, Any, Any]] = []  # the places as a quick look compares them
+        self.steady = False  # whether nothing but the layout can end it
         self.writer: Recorder | None = None  # of the first call, until the second confirms it
         self.used: Any = None  # what stands for the backend
         self.tape_on: bool | None = None  # whether gradients were recorded; None if it does not matter
@@ -207,8 +220,8 @@ class _Variant:
         self.returned = _rebuilt(returned, iter([_empty_like(leaf) for leaf in leaves]))
         self.leaves = list(_leaves(self.returned))
         self.single = isinstance(self.returned, Tensor)
-        if all(p is not None for p in self.places):
-            self.looks = [(p, p.shape, p.dtype) for p in self.places]
+        self.steady = self.tape_on is None and not self.found_gradients
+        self.looks = [(p, None if p is None else p.shape, None if p is None else p.dtype) for p in self.places]
         self.writer, self.plan = None, plan
 
     # --- running ---
@@ -217,14 +230,14 @@ class _Variant:
         """Whether what was recorded still holds, as far as it is not a matter of the arguments."""
         if self.used is None:
             return True
-        if self.used is not in_use() or (self.tape_on is not None and self.tape_on is not is_recording()):
+        if self.tape_on is not None and self.tape_on is not is_recording():
             return False
         for tensor, had in self.found_gradients:
             if tensor.has_gradient is not had:
                 return False
         if self.layout != LAYOUT.version:
             version = LAYOUT.version
-            if not all(guard.holds() for guard in self.guards):
+            if self.used is not in_use() or not all(guard.holds() for guard in self.guards):
                 return False
             self.layout = version
         return True
@@ -232,10 +245,10 @@ class _Variant:
     def try_run(self, args: Sequence[Any]) -> Any:
         """Replay on these arguments if a quick look says that they fit, else _NO: nothing but speed hangs on this."""
         looks = self.looks
-        if looks is None or len(args) != len(looks) or not self.fits():
+        if len(args) != len(looks) or ((self.layout != LAYOUT.version or not self.steady) and not self.fits()):
             return _NO
-        for value, (place, shape, dtype) in zip(args, looks, strict=True):
-            if type(value) is not np.ndarray or value.shape != shape or value.dtype is not dtype:
+        for value, (place, shape, dtype) in zip(args, looks, strict=False):
+            if type(value) is not ndarray or value.shape != shape or value.dtype is not dtype:
                 return _NO
             place[...] = value
         return self.run()
@@ -248,9 +261,13 @@ class _Variant:
 
     def run(self) -> Any:
         """Replay on the arguments that were filled in."""
-        assert self.plan is not None
-        self.plan.run()
-        self.take_effect(1)
+        plan = self.plan
+        assert plan is not None
+        plan.run()
+        for tensor, gradient in self.gradients:
+            tensor._grad = gradient
+        for tensor in self.changed:
+            tensor.version += 1
         if self.single:
             return Tensor.of(self.results[0].copy())
         leaves = [_like(leaf, array) for leaf, array in zip(self.leaves, self.results, strict=True)]
@@ -263,15 +280,11 @@ class _Variant:
         arguments = [np.ascontiguousarray(x, p.dtype) for x, p in zip(stacks, self.places, strict=True)]
         results = [np.empty((count, *r.shape), r.dtype) for r in self.plan.results]
         self.plan.repeat(arguments, results, count)
-        self.take_effect(count)
-        return _rebuilt(self.returned, iter(results))
-
-    def take_effect(self, runs: int) -> None:
-        """Leave tensors as the step leaves them: with their gradients, and known to have changed."""
         for tensor, gradient in self.gradients:
             tensor._grad = gradient
         for tensor in self.changed:
-            tensor.version += runs
+            tensor.version += count
+        return _rebuilt(self.returned, iter(results))
 
 
 def _handed_over(value: Any, place: Any) -> Any:
@@ -327,7 +340,7 @@ class Step:
         self._lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if recorder() is not None:
+        if anybody_records and recorder() is not None:
             return self.function(*args, **kwargs)  # within another step: a part of it
         with self._lock:
             if self._last is not None and not kwargs:

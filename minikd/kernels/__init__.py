@@ -18,7 +18,7 @@ import numpy as np
 from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError
 from minikd.kernels import composed
 from minikd.kernels.launch import Call, Launch, Launcher, Memo, as_arrays, binding_anew, look_of
-from minikd.kernels.recording import recorder, traced
+from minikd.kernels.recording import LAYOUT, recorder, traced
 from minikd.kernels.reference import bind_reference
 from minikd.ops import OPS, Argument, Op, Shape
 from minikd.ops.op import KINDS
@@ -139,6 +139,7 @@ def use_backend(name: str) -> None:
         expected = f"a backend that runs here ({', '.join(usable)})"
         raise BackendError("use_backend", "name", expected=expected, got=repr(name), fix=f"Reason: {reason}.")
     _in_use[:] = [_InUse(name)]
+    LAYOUT.changed()
 
 
 def current_backend() -> str:

@@ -224,12 +224,12 @@ class _State(threading.local):
 
 
 _state = _State()
-_recording: list[Recorder] = []  # of all threads; eager calls look no further while it is empty
+anybody_records: list[Recorder] = []  # those of all threads; eager calls look no further while it is empty
 
 
 def recorder() -> Recorder | None:
     """The recorder of this thread, or None."""
-    return _state.recorder if _recording else None
+    return _state.recorder if anybody_records else None
 
 
 class recording:
@@ -239,32 +239,32 @@ class recording:
         self.new = new
 
     def __enter__(self) -> Recorder:
-        _recording.append(self.new)
+        anybody_records.append(self.new)
         _state.recorder = self.new
         return self.new
 
     def __exit__(self, *exception: Any) -> None:
         _state.recorder = None
-        _recording.remove(self.new)
+        anybody_records.remove(self.new)
 
 
 def note_made(array: Any) -> Any:
     """Memory that a kernel is about to fill; returned as it is."""
-    if _recording and _state.recorder is not None:
+    if anybody_records and _state.recorder is not None:
         _state.recorder.made(array)
     return array
 
 
 def note_constant(array: Any) -> Any:
     """An array that stands for numbers of the program's text; returned as it is."""
-    if _recording and _state.recorder is not None:
+    if anybody_records and _state.recorder is not None:
         _state.recorder.constant(array)
     return array
 
 
 def refuse(what: str, fix: str) -> None:
     """Say that something is done that no plan can repeat: fine, unless it is being recorded."""
-    if _recording and _state.recorder is not None:
+    if anybody_records and _state.recorder is not None:
         _state.recorder.refuse(what, fix)
 
 
@@ -380,4 +380,4 @@ def plain(value: Any) -> Any:
 
 def traced(array: Any) -> Any:
     """What an array function returns: while a step is recorded, nobody shall read it."""
-    return array.view(Traced) if _recording and _state.recorder is not None else array
+    return array.view(Traced) if anybody_records and _state.recorder is not None else array
