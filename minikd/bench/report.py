@@ -215,7 +215,7 @@ def machine_text(report: Report, contenders: Mapping[str, Contender] = CONTENDER
         f"{machine['cpu']}, {machine['cores']} cores{level}; {machine['system']}, Python {machine['python']}.",
         f"BLAS: {machine['blas']}. {versions}.",
         memory,
-        f"Conditions: {conditions}.",
+        f"Conditions: {conditions}." if conditions else "",
         *(f"Not measured: {contenders[key].label} ({reason})." for key, reason in report["missing"].items()),
     ]
     return " ".join(filter(None, sentences))

@@ -111,11 +111,12 @@ def _worst(error: float | None) -> float:
 
 
 def markdown(report: Report, names: Sequence[str] = ()) -> str:
-    """The machine and the tables; with the name "summary", the ratios alone."""
-    mains = main_cases(report["cases"])
-    parts = [machine_text(report, CONTENDERS), ratios_table(report)]
-    if "summary" not in names:
-        parts[1:1] = [times_table(mains, "one step, µs (error)"), alone_table(report)]
+    """The machine and the tables; with the name "summary", the ratios alone, without those of the eager form."""
+    own = [key for key, contender in CONTENDERS.items() if contender.ours]
+    if "summary" in names:
+        return "\n\n".join([machine_text(report, CONTENDERS), ratios_table(report, [k for k in own if k != "eager"])])
+    times = times_table(main_cases(report["cases"]), "one step, µs (error)")
+    parts = machine_text(report, CONTENDERS), times, alone_table(report), ratios_table(report, own)
     return "\n\n".join(filter(None, parts))
 
 
@@ -142,9 +143,8 @@ def alone_table(report: Report) -> str:
     return times_table(cases, "each alone, unpinned, µs (error)") if cases else ""
 
 
-def ratios_table(report: Report) -> str:
+def ratios_table(report: Report, own: Sequence[str]) -> str:
     """Rows are steps: how many times faster than the fastest peer, and how near to the bare matrix products."""
-    own = [key for key, contender in CONTENDERS.items() if contender.ours]
     own = [key for key in own if any(ratio["contender"] == key for ratio in report["ratios"])]
     heads = ["time of the fastest peer / ours"]
     for key in own:
