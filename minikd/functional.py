@@ -41,6 +41,7 @@ __all__ = [
     "relu",
     "sigmoid",
     "softmax",
+    "standardise",
     "take",
     "take_scaled",
     "tanh",
@@ -718,6 +719,11 @@ def take_scaled(x: Any, rows: Any, scale: Any, shift: Any) -> Any:
     columns = np.shape(x)[1:]
     scale, shift = (np.full(columns, v, np.float32) if np.ndim(v) == 0 else v for v in (scale, shift))
     return evaluate(OPS["take_scaled"], [x, rows, scale, shift], {})[0][0]
+
+
+def standardise(x: Any, mean: Any, deviation: Any) -> Any:
+    """(x - mean) / deviation for features x (n, m) of m columns; no gradient flows through it."""
+    return evaluate(OPS["standardise"], [x, mean, deviation], {})[0][0]
 
 
 def concatenate(tensors: Sequence[Any], axis: int = 0) -> Any:
