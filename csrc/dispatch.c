@@ -42,12 +42,36 @@ static int64_t usable_levels(void)
     return count;
 }
 
-int64_t minikd_run(const minikd_call *calls, int64_t count)
+int64_t minikd_run(const minikd_call *calls, int64_t count, int64_t *done)
+{
+    int64_t status = MINIKD_DONE, k = 0;
+    for (; k < count; k++) {
+        status = calls[k].kernel(&calls[k]);
+        if (status != MINIKD_DONE)
+            break;
+    }
+    if (done)
+        *done = k;
+    return status;
+}
+
+static void copy_for_round(const minikd_copy *copies, int64_t count, int64_t round)
 {
     for (int64_t k = 0; k < count; k++) {
-        const int64_t status = calls[k].kernel(&calls[k]);
+        const minikd_copy *c = &copies[k];
+        memcpy((char *)c->to + round * c->to_stride, (const char *)c->from + round * c->from_stride, (size_t)c->bytes);
+    }
+}
+
+int64_t minikd_repeat(const minikd_call *calls, int64_t count, const minikd_copy *inputs, int64_t input_count,
+                      const minikd_copy *outputs, int64_t output_count, int64_t rounds, int64_t *done)
+{
+    for (done[0] = 0; done[0] < rounds; done[0]++) {
+        copy_for_round(inputs, input_count, done[0]);
+        const int64_t status = minikd_run(calls, count, &done[1]);
         if (status != MINIKD_DONE)
             return status;
+        copy_for_round(outputs, output_count, done[0]);
     }
     return MINIKD_DONE;
 }

@@ -58,8 +58,22 @@ struct minikd_call {
     minikd_attributes attribute;
 };
 
-/* Run calls in order, up to the first whose status is not MINIKD_DONE; returns the last status. */
-int64_t minikd_run(const minikd_call *calls, int64_t count);
+/* Run calls in order, up to the first whose status is not MINIKD_DONE; returns the last status. `done`, if not NULL,
+ * becomes the number of calls that were completed. */
+int64_t minikd_run(const minikd_call *calls, int64_t count, int64_t *done);
+
+/* What is copied before or after each round of a list: `bytes` from one place to another, both of which move on by
+ * their stride from one round to the next. */
+typedef struct minikd_copy {
+    void *to;
+    const void *from;
+    int64_t bytes, to_stride, from_stride;
+} minikd_copy;
+
+/* Run a list of calls `rounds` times, each round between its `inputs` and its `outputs`; returns the last status.
+ * `done[0]` becomes the number of rounds that were completed, `done[1]` that of calls in the round after them. */
+int64_t minikd_repeat(const minikd_call *calls, int64_t count, const minikd_copy *inputs, int64_t input_count,
+                      const minikd_copy *outputs, int64_t output_count, int64_t rounds, int64_t *done);
 
 /* The names of the kernels, k = 0, 1, …; NULL behind the last. */
 const char *minikd_name(int64_t k);

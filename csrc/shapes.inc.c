@@ -1,4 +1,4 @@
-/* Rows gathered by number, and gradients added up. */
+/* Rows gathered by number, arrays copied and scaled, and gradients added up. */
 
 #include "parallel.h"
 #include "rows.h"
@@ -101,4 +101,69 @@ static int64_t take_scaled(const minikd_call *call)
         return wrong;
     minikd_parallel(take_scaled_part, (void *)call, count, minikd_grain(count, ROW_NS + COPY_NS * (double)m, 1));
     return MINIKD_DONE;
+}
+
+/* y[k] = x[rows[k]], of whole numbers */
+static int64_t take_index(const minikd_call *call)
+{
+    int64_t *y = call->buffer[0];
+    const int64_t *x = call->buffer[1], *rows = call->buffer[2], count = call->size[1];
+    const int64_t wrong = wrong_row(rows, count, call->size[0]);
+    if (wrong)
+        return wrong;
+    for (int64_t k = 0; k < count; k++)
+        y[k] = x[rows[k]];
+    return MINIKD_DONE;
+}
+
+static void copy_part(void *shared, int64_t first, int64_t end)
+{
+    const minikd_call *call = shared;
+    memcpy((real *)call->buffer[0] + first, (const real *)call->buffer[1] + first, (size_t)(end - first) * sizeof(real));
+}
+
+/* y = x */
+static int64_t copy(const minikd_call *call)
+{
+    const int64_t size = call->size[0];
+    minikd_parallel(copy_part, (void *)call, size, minikd_grain(size, COPY_NS, LANES));
+    return MINIKD_DONE;
+}
+
+/* What a factor is multiplied with, the factor, and where the product goes. */
+typedef struct {
+    real *y;
+    const real *x;
+    real factor;
+} scaling;
+
+static void scale_part(void *shared, int64_t first, int64_t end)
+{
+    const scaling *s = shared;
+    real *y = s->y;
+    const real *x = s->x, factor = s->factor;
+    SIMD
+    for (int64_t j = first; j < end; j++)
+        y[j] = factor * x[j];
+}
+
+static int64_t scaled(real *y, const real *x, const double *factor, int64_t size)
+{
+    scaling s = {y, x, (real)*factor};
+    if (!y)
+        return MINIKD_DONE;
+    minikd_parallel(scale_part, &s, size, minikd_grain(size, ADD_NS, LANES));
+    return MINIKD_DONE;
+}
+
+/* y = factor·x */
+static int64_t scale(const minikd_call *call)
+{
+    return scaled(call->buffer[0], call->buffer[1], call->buffer[2], call->size[0]);
+}
+
+/* dx = factor·dy, whose buffers are dx, dy, y, x and the factor */
+static int64_t scale_vjp(const minikd_call *call)
+{
+    return scaled(call->buffer[0], call->buffer[1], call->buffer[4], call->size[0]);
 }

@@ -1,4 +1,4 @@
-/* Optimizer steps: they read and write the parameters and their state. */
+/* Optimizer steps: they read and write the parameters and their state; and what a step counts and sets. */
 
 #include "parallel.h"
 #include "rows.h"
@@ -72,5 +72,19 @@ static int64_t adam_step(const minikd_call *call)
 {
     const int64_t k = call->size[0];
     minikd_parallel(adam_part, (void *)call, k, minikd_grain(k, ADAM_NS, LANES));
+    return MINIKD_DONE;
+}
+
+/* count += 1 */
+static int64_t advance(const minikd_call *call)
+{
+    *(int64_t *)call->buffer[0] += 1;
+    return MINIKD_DONE;
+}
+
+/* y = x, a number */
+static int64_t set_scalar(const minikd_call *call)
+{
+    *(double *)call->buffer[0] = *(const double *)call->buffer[1];
     return MINIKD_DONE;
 }

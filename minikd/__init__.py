@@ -15,8 +15,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Tensor": "minikd.tensor",
     "no_grad": "minikd.tape",
+    "compile": "minikd.steps",
     "backends": "minikd.kernels",
     "use_backend": "minikd.kernels",
+    "threads": "minikd.kernels.threads",
     "distill": "minikd.distillation",
     "save": "minikd.export",
     "load": "minikd.export",

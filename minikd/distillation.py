@@ -25,11 +25,11 @@ from minikd import metrics
 from minikd.data import Dataset, batches, load
 from minikd.errors import ArgumentError, ShapeError
 from minikd.kernels import BACKENDS, current_backend, use_backend
-from minikd.kernels.blas import threads_for
+from minikd.kernels.threads import blas_threads_for
 from minikd.nn import MLP, Module
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.optim import OPTIMIZERS, SCHEDULES
-from minikd.tensor import Tensor
+from minikd.steps import Step, compile
 
 __all__ = ["DistillResult", "Experiment", "Progress", "Settings", "compare", "distill", "fit", "full_sizes"]
 
@@ -214,20 +214,24 @@ def fit(
     per_epoch = math.ceil(len(x) / batch_size)
     steps = epochs * per_epoch
     decay = {"weight_decay": weight_decay} if weight_decay else {}
-    opt = OPTIMIZERS[optimizer](model.parameters(), lr, max_norm=max_norm or None, **decay)
+    parameters = model.parameters()
+    opt = OPTIMIZERS[optimizer](parameters, lr, max_norm=max_norm or None, **decay)
     factor = SCHEDULES[schedule](steps)
-    model.train()
-    total, told = 0.0, time.monotonic()
-    for step, picked in zip(range(steps), endless_batches(rows, batch_size, seed), strict=False):
-        opt.lr = lr * factor(step)
-        logits = model(Tensor.of(x.take(picked, axis=0)))
-        labels = y.take(picked)
+    real = parameters[0].dtype
+    x, y = np.ascontiguousarray(x, real), np.ascontiguousarray(y, np.int64)
+    if teacher_logits is not None:
+        teacher_logits = np.ascontiguousarray(teacher_logits, real)
+
+    @compile(fallback=True)
+    def train_step(picked: Any, rate: Any) -> Any:
+        opt.lr = rate
+        logits, labels = model(F.take(x, picked)), F.take(y, picked)
         if teacher_logits is None:
             loss = F.cross_entropy(logits, labels)
         else:
             loss = F.distillation_loss(
                 logits,
-                teacher_logits.take(picked, axis=0),
+                F.take(teacher_logits, picked),
                 labels,
                 temperature=temperature,
                 hard_weight=hard_weight,
@@ -237,15 +241,36 @@ def fit(
         opt.zero_grad()
         loss.backward()
         opt.step()
-        total += loss.item()
-        within = step % per_epoch + 1
+        return loss
+
+    told = time.monotonic()
+
+    def tell(epoch: int, within: int, total: float) -> None:
+        nonlocal told
         finished = within == per_epoch
         if on_epoch is not None and (finished or time.monotonic() - told > SECONDS_BETWEEN_REPORTS):
             told = time.monotonic()
-            on_epoch(Epoch(step // per_epoch + 1, epochs, step + 1, steps, total / within, opt.lr, finished))
-        if finished:
-            total = 0.0
+            on_epoch(Epoch(epoch + 1, epochs, epoch * per_epoch + within, steps, total / within, opt.lr, finished))
+
+    model.train()
+    stream = endless_batches(rows, batch_size, seed)
+    for epoch in range(epochs):
+        within, total = 0, 0.0
+        for _, group in itertools.groupby(itertools.islice(stream, per_epoch), len):
+            picked = np.stack(list(group))
+            first = epoch * per_epoch + within
+            rates = np.array([lr * factor(k) for k in range(first, first + len(picked))])
+            for losses in train_step.portions(picked, rates):
+                within, total = within + len(losses), total + float(losses.sum(dtype=np.float64))
+                tell(epoch, within, total)
+    _warn_of_slow_steps(train_step)
     model.eval()
+
+
+def _warn_of_slow_steps(step: Step) -> None:
+    """Say if a model's step could not be replayed, since it costs its user time."""
+    if step.refusals:
+        warnings.warn(f"every step of this training ran without a plan. {step.refusals[0]}", stacklevel=3)
 
 
 # --- the verdict ---
@@ -435,7 +460,7 @@ class Experiment:
         """Train everything; an exception or Ctrl-C passes through, and `result` then holds what was complete."""
         self._started = time.monotonic()
         try:
-            with threads_for(self._largest_product()):
+            with blas_threads_for(self._largest_product()):
                 for seed in self.settings.seeds:
                     self._run_seed(seed)
         finally:

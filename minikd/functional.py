@@ -17,7 +17,8 @@ import numpy as np
 
 from minikd import tensor
 from minikd.errors import ArgumentError, ShapeError, bad_temperature
-from minikd.kernels import as_real, execute, recall
+from minikd.kernels import as_real, evaluate, recall
+from minikd.kernels.recording import Traced, plain, traced
 from minikd.ops import OPS
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.tape import no_grad
@@ -52,9 +53,17 @@ ROWS_TO_LOOK_AT = 32
 # --- checks that every call shares ---
 
 
-def _temperature(where: str, value: Any) -> float:
-    """The temperature as a float, or an error if it is not a finite number above 0."""
+def _is_buffer(value: Any) -> bool:
+    """Whether this is a float64 array without axes: a number that a compiled step reads anew in each run."""
+    return isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype == np.float64
+
+
+def _temperature(where: str, value: Any) -> Any:
+    """The temperature as a float or as the array that holds it, or an error if it is not a finite number above 0."""
     if type(value) is float and 0 < value < math.inf:
+        return value
+    if _is_buffer(value):
+        _temperature(where, float(plain(value)))
         return value
     try:
         number = float(value)
@@ -78,7 +87,11 @@ def _between(where: str, argument: str, value: Any, low: float, high: float, exp
     return number
 
 
-def _finite(where: str, argument: str, value: Any) -> float:
+def _finite(where: str, argument: str, value: Any) -> Any:
+    """A finite number as a float or as the array that holds it; anything else is refused."""
+    if _is_buffer(value):
+        _finite(where, argument, float(plain(value)))
+        return value
     return _between(where, argument, value, -sys.float_info.max, sys.float_info.max, "a finite number")
 
 
@@ -145,7 +158,7 @@ def _loss(name: str, inputs: Sequence[Any], return_grad: bool, grad_out: Any, **
         _refuse_return_grad(name, wants_grad)
         return apply(name, *inputs, **attrs)
     gradient = _gradient_out(name, grad_out, inputs)
-    (loss,), (saved,), _ = execute(OPS[name], inputs, attrs, save=wants_grad, gradient=gradient)
+    (loss,), (saved,) = evaluate(OPS[name], inputs, attrs, save=wants_grad, gradient=gradient)
     return _result(loss, saved)
 
 
@@ -158,8 +171,13 @@ def _refuse_return_grad(where: str, wants_grad: bool) -> None:
 
 def _result(loss: Any, gradient: Any) -> Any:
     """A loss of arrays as a NumPy value, with its gradient if that was asked for."""
-    value = loss if loss.ndim else loss[()]
+    value = _value(loss)
     return value if gradient is None else (value, gradient)
+
+
+def _value(array: Any) -> Any:
+    """An array without axes as the number it holds, if that is known: in a step that is recorded it is not."""
+    return array if array.ndim or isinstance(array, Traced) else array[()]
 
 
 def _share_memory(a: Any, b: Any) -> bool:
@@ -205,7 +223,7 @@ def _rows_function(name: str, x: Any, axis: int, temperature: Any) -> Any:
     rows = (math.prod(array.shape) // array.shape[axis], array.shape[axis])
     if not isinstance(x, Tensor):
         moved = np.moveaxis(array, axis, -1)
-        (y,), _, _ = execute(OPS[name], [moved.reshape(rows), t], {})
+        (y,), _ = evaluate(OPS[name], [moved.reshape(rows), t], {})
         return np.ascontiguousarray(np.moveaxis(y.reshape(moved.shape), -1, axis))
     order = [a for a in range(array.ndim) if a != axis % array.ndim] + [axis % array.ndim]
     back = tuple(int(a) for a in np.argsort(order))
@@ -447,7 +465,7 @@ def distillation_loss(
         "log_target": bool(log_target),
         "ignore_index": int(ignore_index),
     }
-    if soft and scalars[1]:
+    if soft and (_is_buffer(scalars[1]) or scalars[1]):
         _gradient_out(where, grad_out, (student_logits, teacher_logits, labels))
         pair = (student_logits, teacher_logits)
         return _with_soft_target(*pair, labels, scalars, smoothing, attrs, return_grad, grad_out)
@@ -563,10 +581,10 @@ def linear_distillation_loss(
     if any(isinstance(x, Tensor) for x in inputs):
         _refuse_return_grad(where, return_grad)
         return apply(where, *inputs, **attrs)
-    (loss,), (dhidden, dweight, dbias), _ = execute(OPS[where], inputs, attrs, save=return_grad)
+    (loss,), (dhidden, dweight, dbias) = evaluate(OPS[where], inputs, attrs, save=return_grad)
     if not return_grad:
-        return loss[()]
-    return loss[()], Projection(dhidden, dweight, None if bias is None else dbias)
+        return _value(loss)
+    return _value(loss), Projection(dhidden, dweight, None if bias is None else dbias)
 
 
 # --- predictions ---
@@ -581,10 +599,10 @@ def argmax(logits: Any) -> Any:
     ------
     ShapeError : not (n, c), or n or c is 0.
     """
-    return execute(OPS["argmax"], [_rows_of_logits("argmax", "logits", logits)], {})[0][0]
+    return evaluate(OPS["argmax"], [_rows_of_logits("argmax", "logits", logits)], {})[0][0]
 
 
-def correct_count(logits: Any, target: Any, *, ignore_index: int = -100) -> int:
+def correct_count(logits: Any, target: Any, *, ignore_index: int = -100) -> Any:
     """How many rows of logits (n, c) have their `argmax` at the class id in target (n,); ignored rows are not counted.
 
     Raises
@@ -592,14 +610,14 @@ def correct_count(logits: Any, target: Any, *, ignore_index: int = -100) -> int:
     ArgumentError : a class id outside 0 … c - 1.  ShapeError : shapes do not fit, or n or c is 0.
     """
     z = _rows_of_logits("correct_count", "logits", logits)
-    return int(execute(OPS["correct_count"], [z, target], {"ignore_index": int(ignore_index)})[0][0])
+    return _value(evaluate(OPS["correct_count"], [z, target], {"ignore_index": int(ignore_index)})[0][0])
 
 
 # --- layers' functions ---
 
 
 def _unary(name: str, x: Any) -> Any:
-    return apply(name, x) if isinstance(x, Tensor) else execute(OPS[name], [x], {})[0][0]
+    return apply(name, x) if isinstance(x, Tensor) else evaluate(OPS[name], [x], {})[0][0]
 
 
 def relu(x: Any) -> Any:
@@ -643,7 +661,7 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None)
     tensors = any(isinstance(v, Tensor) for v in (x, weight, bias))
 
     def run(name: str, *inputs: Any) -> Any:
-        return apply(name, *inputs) if tensors else execute(OPS[name], inputs, {})[0][0]
+        return apply(name, *inputs) if tensors else evaluate(OPS[name], inputs, {})[0][0]
 
     if activation is None:
         return run("linear", x, weight, bias)
@@ -657,7 +675,7 @@ def _like_inputs(function: Callable[..., Tensor], inputs: Sequence[Any], *rest: 
     if any(isinstance(x, Tensor) for x in inputs):
         return function(*rest)
     with no_grad():
-        return function(*rest).array
+        return traced(function(*rest).array)
 
 
 def matmul(a: Any, b: Any) -> Any:
@@ -668,10 +686,14 @@ def matmul(a: Any, b: Any) -> Any:
 def take(x: Any, rows: Any) -> Any:
     """Rows of x (n, …) by number (k,), in that order; a row may come more than once.
 
+    x may also be labels: whole numbers (n,), which stay whole numbers.
+
     Raises
     ------
     ArgumentError : a number outside 0 … n - 1.
     """
+    if isinstance(x, np.ndarray) and x.ndim == 1 and x.dtype.kind in "iu":
+        return evaluate(OPS["take_index"], [x, rows], {})[0][0]
     return _like_inputs(tensor.take, (x,), x, rows)
 
 
@@ -695,7 +717,7 @@ def take_scaled(x: Any, rows: Any, scale: Any, shift: Any) -> Any:
     """
     columns = np.shape(x)[1:]
     scale, shift = (np.full(columns, v, np.float32) if np.ndim(v) == 0 else v for v in (scale, shift))
-    return execute(OPS["take_scaled"], [x, rows, scale, shift], {})[0][0]
+    return evaluate(OPS["take_scaled"], [x, rows, scale, shift], {})[0][0]
 
 
 def concatenate(tensors: Sequence[Any], axis: int = 0) -> Any:
@@ -703,7 +725,7 @@ def concatenate(tensors: Sequence[Any], axis: int = 0) -> Any:
     return _like_inputs(tensor.concatenate, tensors, tensors, axis)
 
 
-def dropout(x: Any, p: float = 0.5, *, training: bool = True, seed: int = 0, stream: int = 0, step: int = 0) -> Any:
+def dropout(x: Any, p: float = 0.5, *, training: bool = True, seed: int = 0, stream: int = 0, step: Any = 0) -> Any:
     """Set each element to 0 with probability p and scale the others by 1 / (1 - p).
 
     The mask is a function of seed, stream (the layer's number), step and the element's position alone, so that every
@@ -719,7 +741,8 @@ def dropout(x: Any, p: float = 0.5, *, training: bool = True, seed: int = 0, str
         raise ArgumentError("dropout", "p", expected="in [0, 1), the share of elements dropped", got=repr(p))
     if not training or p == 0:
         return x
+    step = step if isinstance(step, np.ndarray) else int(step)
     attrs = {"p": float(p), "seed": int(seed), "stream": int(stream)}
     if isinstance(x, Tensor):
         return apply("dropout", x, step, **attrs)
-    return execute(OPS["dropout"], [x, step], attrs)[0][0]
+    return evaluate(OPS["dropout"], [x, step], attrs)[0][0]

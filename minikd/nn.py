@@ -11,8 +11,10 @@ import numpy as np
 
 from minikd import functional as F
 from minikd.errors import ArgumentError, ShapeError
-from minikd.kernels import as_real
+from minikd.kernels import FLOATS, as_real, run
+from minikd.kernels.recording import LAYOUT, Recorder, recorder, refuse_reading
 from minikd.ops.elementwise import ACTIVATIONS
+from minikd.steps import Step
 from minikd.tape import no_grad
 from minikd.tensor import Tensor
 
@@ -30,8 +32,8 @@ __all__ = [
     "initial_weights",
 ]
 
-# Rows that predict and logits send through a network at a time: wide enough for BLAS, small enough for the cache.
-ROWS_AT_A_TIME = 4096
+# Rows that predict and logits send through a network at a time: enough for the products, few enough for the cache.
+ROWS_AT_A_TIME = 512
 
 
 class Arena:
@@ -122,6 +124,8 @@ class Module:
     class_names : names of the classes, or None.
     """
 
+    _predictor: _Predictor | None = None  # made by the first use
+
     def __init__(self) -> None:
         self.training = True
         self.normalisation: Normalises | None = None
@@ -133,6 +137,9 @@ class Module:
 
     def __call__(self, x: Any, features: Sequence[str] = ()) -> Any:
         """The output for inputs x (n, k), or with `features` the pair (output, {name: what that part put out})."""
+        writing = recorder()
+        if writing is not None:
+            self._guard_parts(writing)
         if not features:
             return self.forward(x)
         known = dict(self.named_modules())
@@ -144,6 +151,21 @@ class Module:
 
     def _forward_with_features(self, x: Any, features: Sequence[str]) -> Any:
         raise ArgumentError("Module", "features", expected="asked of a Sequential", got=type(self).__name__)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        LAYOUT.changed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: all but the plans."""
+        return {name: value for name, value in vars(self).items() if name != "_predictor"}
+
+    def _guard_parts(self, writing: Recorder) -> None:
+        """A plan holds for the parts, parameters and modes that it was recorded with."""
+        for _, module in self.named_modules():
+            for name, value in vars(module).items():
+                if value is None or isinstance(value, Module | Tensor | tuple | bool):
+                    writing.guard(module, name)
 
     # --- parts and parameters ---
 
@@ -218,24 +240,17 @@ class Module:
 
     def logits(self, x: Any) -> np.ndarray:
         """Raw scores (n, c) of raw features x (n, k) or (k,): normalised first, without dropout or gradients."""
+        predictor = self._predictor
+        if predictor is None:
+            predictor = _Predictor(self)
+            object.__setattr__(self, "_predictor", predictor)
+        if type(x) is np.ndarray and x.ndim == 2 and 0 < len(x) <= ROWS_AT_A_TIME and x.dtype in FLOATS:
+            return predictor(x)
         array = as_real("logits", "x", x.array if isinstance(x, Tensor) else x)
-        single = array.ndim == 1
-        rows = array[None] if single else array.reshape(len(array), math.prod(array.shape[1:]))
-        modes, parameters = [(module, module.training) for _, module in self.named_modules()], self.parameters()
-        dtype = parameters[0].dtype if parameters else rows.dtype
-        pieces = []
-        with no_grad():
-            self.eval()
-            try:
-                for start in range(0, max(len(rows), 1), ROWS_AT_A_TIME):
-                    piece = rows[start : start + ROWS_AT_A_TIME]
-                    piece = self.normalisation.apply(piece) if self.normalisation is not None else piece
-                    pieces.append(self.forward(Tensor.of(np.ascontiguousarray(piece, dtype))).array)
-            finally:
-                for module, mode in modes:
-                    module.training = mode
-        scores = np.concatenate(pieces)
-        return scores[0] if single else scores
+        rows = array[None] if array.ndim == 1 else array.reshape(len(array), math.prod(array.shape[1:]))
+        pieces = [predictor(rows[k : k + ROWS_AT_A_TIME]) for k in range(0, max(len(rows), 1), ROWS_AT_A_TIME)]
+        scores = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return scores[0] if array.ndim == 1 else scores
 
     def predict_proba(self, x: Any, temperature: float = 1.0) -> np.ndarray:
         """Class probabilities (n, c) of raw features x (n, k)."""
@@ -245,6 +260,42 @@ class Module:
     def predict(self, x: Any) -> np.ndarray:
         """The most probable class id of each row of raw features x (n, k)."""
         return self.logits(x).argmax(axis=-1)
+
+
+class _Predictor:
+    """A module in use: its logits of raw features, without dropout or gradients, by a plan for each number of rows."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.step = Step(module.forward, fallback=True, differentiable=False)
+        self.version = -1  # of LAYOUT, when all parts were last seen in evaluation mode
+        self.dtype: Any = None
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        module = self.module
+        if module.normalisation is not None:
+            rows = module.normalisation.apply(rows)
+        if self.version != LAYOUT.version:
+            return self._in_evaluation_mode(rows)
+        return self._scores(rows)
+
+    def _scores(self, rows: np.ndarray) -> np.ndarray:
+        scores = self.step(rows if rows.dtype == self.dtype else rows.astype(self.dtype))
+        return scores.array if isinstance(scores, Tensor) else scores
+
+    def _in_evaluation_mode(self, rows: np.ndarray) -> np.ndarray:
+        """Switch off the training mode of those parts that are in it, and remember if there were none."""
+        parameters, modules = self.module.parameters(), [m for _, m in self.module.named_modules()]
+        self.dtype = parameters[0].dtype if parameters else rows.dtype
+        training = [m for m in modules if m.training]
+        self.version = -1 if training else LAYOUT.version
+        try:
+            for m in training:
+                m.training = False
+            return self._scores(rows)
+        finally:
+            for m in training:
+                m.training = True
 
 
 class Linear(Module):
@@ -336,13 +387,20 @@ class Dropout(Module):
         super().__init__()
         if not 0 <= p < 1:
             raise ArgumentError("Dropout", "p", expected="in [0, 1)", got=repr(p))
-        self.p, self.seed, self.stream, self.step = float(p), int(seed), int(stream), 0
+        self.p, self.seed, self.stream = float(p), int(seed), int(stream)
+        self._step = np.zeros((), np.int64)
+
+    @property
+    def step(self) -> int:
+        """Training passes so far."""
+        refuse_reading("the step of a dropout layer")
+        return int(self._step)
 
     def forward(self, x: Any) -> Any:
         if not self.training or self.p == 0:
             return x
-        self.step += 1
-        return F.dropout(x, self.p, seed=self.seed, stream=self.stream, step=self.step)
+        run("advance", self._step)
+        return F.dropout(x, self.p, seed=self.seed, stream=self.stream, step=self._step)
 
 
 class Sequential(Module):

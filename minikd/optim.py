@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from minikd.errors import ArgumentError, TapeError
-from minikd.kernels import bind, current_backend
+from minikd.kernels import run
+from minikd.kernels.recording import note_constant, plain, recorder, refuse_reading
 from minikd.nn import Arena
 from minikd.tensor import Tensor
 
@@ -23,7 +24,8 @@ class Optimizer:
     Parameters
     ----------
     params : the parameters that are trained together; they move into one arena.
-    lr : learning rate; `opt.lr = …` writes the buffer that the kernel reads.
+    lr : learning rate; `opt.lr = …` writes the buffer that the kernel reads. In a compiled step it may be set to an
+        argument that is a float64 array without axes.
     max_norm : after each step, scale the weights into each unit (rows of 2-D parameters) down to this L2 norm;
         None for no constraint.
 
@@ -49,20 +51,23 @@ class Optimizer:
         self._lr = np.array(lr, np.float64)
         self._steps = np.zeros((), np.int64)
         self.state = {n: np.zeros_like(self.arena.values) for n in self.state_names}
-        self._calls: list[Callable[[], None]] = []
-        self._bound_for = ""
 
     @property
     def lr(self) -> float:
+        refuse_reading("the learning rate")
         return float(self._lr)
 
     @lr.setter
-    def lr(self, value: float) -> None:
-        _require(type(self).__name__, "lr", value, 0 <= value < math.inf, "a finite number from 0")
-        self._lr[...] = value
+    def lr(self, value: Any) -> None:
+        _require(type(self).__name__, "lr", value, 0 <= float(plain(value)) < math.inf, "a finite number from 0")
+        if recorder() is None:
+            self._lr[...] = value
+        else:
+            run("set_scalar", self._lr, value if isinstance(value, np.ndarray) else float(value))
 
     @property
     def steps(self) -> int:
+        refuse_reading("the number of steps")
         return int(self._steps)
 
     def zero_grad(self) -> None:
@@ -88,25 +93,19 @@ class Optimizer:
                 fix="Call loss.backward() first.",
             )
         for p in without:
-            p.take_gradient(np.zeros(p.shape, p.dtype))
-        if self._bound_for != current_backend():
-            self._calls, self._bound_for = self._bind(), current_backend()
-        self._steps += 1
-        for call in self._calls:
-            call()
+            p.take_gradient(note_constant(np.zeros(p.shape, p.dtype)))
+        run("advance", self._steps)
+        run(self.kernel, *self._buffers(), **self.attrs)
+        if self.max_norm is not None:
+            for p in parameters:
+                if p.ndim == 2:
+                    run("max_norm", p.array, limit=float(self.max_norm))
         for p in parameters:
             p.changed_in_place()
 
     def _buffers(self) -> list[Any]:
         """The step's buffers in the kernel's order: values and state, then gradients and hyperparameters."""
         return [self.arena.values, *self.state.values(), self.arena.gradients, self._lr]
-
-    def _bind(self) -> list[Callable[[], None]]:
-        calls = [bind(self.kernel, *self._buffers(), **self.attrs)]
-        if self.max_norm is not None:
-            weights = [p.array for p in self.arena.parameters if p.ndim == 2]
-            calls += [bind("max_norm", w, limit=float(self.max_norm)) for w in weights]
-        return calls
 
 
 def _require(where: str, argument: str, value: Any, ok: bool, expected: str) -> None:

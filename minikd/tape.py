@@ -10,13 +10,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from minikd.errors import DTypeError, ShapeError, TapeError
 from minikd.kernels import execute, run
+from minikd.kernels.recording import Recorder, note_constant, note_made, recorder
 from minikd.ops import OPS, Op
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _gradient_buffer(tensor: Tensor, others: Sequence[Any]) -> Any:
     """A leaf's own place for its first gradient; a fresh buffer where it has none or another gradient is there."""
     place = tensor.gradient_place()
     if place is None or any(place is other for other in others):
-        return np.empty(tensor.array.shape, tensor.array.dtype)
+        return note_made(np.empty(tensor.array.shape, tensor.array.dtype))
     return place
 
 
@@ -124,14 +125,21 @@ def is_recording() -> bool:
     return _tape.recording
 
 
-@contextmanager
-def no_grad() -> Iterator[None]:
-    """Inside, nothing is recorded: results need no gradient and no memory is kept for backward."""
-    before, _tape.recording = _tape.recording, False
-    try:
-        yield
-    finally:
-        _tape.recording = before
+class no_grad(ContextDecorator):
+    """``with no_grad():`` nothing is recorded: results need no gradient and no memory is kept for backward.
+
+    Also a decorator of functions: ``@no_grad()``.
+    """
+
+    def __init__(self) -> None:
+        self.before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self.before.append(_tape.recording)
+        _tape.recording = False
+
+    def __exit__(self, *exception: Any) -> None:
+        _tape.recording = self.before.pop()
 
 
 def record(name: str, inputs: Sequence[Any], make: Any, **attrs: Any) -> Tensor:
@@ -157,12 +165,23 @@ def record(name: str, inputs: Sequence[Any], make: Any, **attrs: Any) -> Tensor:
                 raise DTypeError(name, "the inputs", expected=f"of one dtype ({real})", got=str(p.dtype), fix=fix)
     tracked = _tape.recording and real is not None
     values = [x if p is None else p.array for x, p in zip(inputs, parents, strict=True)]
+    writing = recorder()
+    if writing is not None:
+        _guard_leaves(writing, parents)
     outs, saved, arrays = execute(op, values, attrs, save=tracked, real=real)
     node = None
     if tracked:
         node = Node(op, parents, arrays, outs, saved, attrs)
         _tape.append(node)
     return make(outs[0], tracked, node)
+
+
+def _guard_leaves(writing: Recorder, parents: Sequence[Tensor | None]) -> None:
+    """A plan holds for the tensors that it was recorded with, where they are and as far as they take gradients."""
+    for parent in parents:
+        if parent is not None and parent.node is None and not writing.knows(parent.array):
+            writing.guard(parent, "array")
+            writing.guard(parent, "requires_grad")
 
 
 def backward(root: Node, dout: Any, retain_graph: bool) -> None:
@@ -226,7 +245,7 @@ def seed_gradient(shape: tuple[int, ...], dtype: Any, gradient: Any) -> Any:
         if shape != ():
             fix = "Reduce it first (.sum() or .mean()), or pass gradient=…"
             raise ShapeError("backward", "the tensor", expected="a scalar", got=f"shape {shape}", fix=fix)
-        return np.ones((), dtype)
+        return note_constant(np.ones((), dtype))
     gradient = np.array(gradient, dtype, order="C")
     if gradient.shape != shape:
         raise ShapeError("backward", "gradient", expected=f"of shape {shape}", got=f"shape {gradient.shape}")

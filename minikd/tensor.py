@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from minikd import tape
 from minikd.errors import ArgumentError, ShapeError, TapeError
 from minikd.kernels import as_real, run
+from minikd.kernels.recording import LAYOUT, note_made, recorder, refuse, refuse_reading
 
 Axis = int | tuple[int, ...] | None
 
@@ -33,15 +35,15 @@ class Tensor(tape.Recordable):
     DTypeError : data is complex, object or text.
     """
 
-    __slots__ = ("__weakref__", "_grad", "_place", "arena", "array", "node", "requires_grad", "version")
+    __slots__ = ("__weakref__", "_grad", "_place", "_requires_grad", "arena", "array", "node", "version")
     __array_ufunc__ = None  # array + tensor calls Tensor.__radd__; np.exp(tensor) is refused, since it loses the tape
 
     def __init__(self, data: Any, requires_grad: bool = False) -> None:
         value = data.array if isinstance(data, Tensor) else as_real("Tensor", "data", data)
-        self._fill(np.array(value, order="C", copy=True), bool(requires_grad), None)
+        self._fill(_copied(value), bool(requires_grad), None)
 
     def _fill(self, array: Any, requires_grad: bool, node: tape.Node | None) -> None:
-        self.array, self.requires_grad, self.node = array, requires_grad, node
+        self.array, self._requires_grad, self.node = array, requires_grad, node
         self.version = 0
         self._grad: Any = None
         self._place: Any = None
@@ -72,9 +74,18 @@ class Tensor(tape.Recordable):
     def size(self) -> int:
         return int(self.array.size)
 
+    def _set_requires_grad(self, value: bool) -> None:
+        self._requires_grad = value
+        LAYOUT.changed()
+
+    requires_grad = property(attrgetter("_requires_grad"), _set_requires_grad, doc="Whether backward leaves a gradient")
+
     @property
     def has_gradient(self) -> bool:
         """Whether a backward pass left a gradient here since the last `zero_grad`."""
+        writing = recorder()
+        if writing is not None and self not in writing.gradients:
+            writing.found_gradients[self] = self._grad is not None
         return self._grad is not None
 
     @property
@@ -83,12 +94,14 @@ class Tensor(tape.Recordable):
 
     def numpy(self) -> np.ndarray:
         """The values as a read-only view: a write past the tape could silently falsify a gradient (copy to write)."""
+        refuse_reading("the values of a tensor")
         view = self.array.view()
         view.flags.writeable = False
         return view
 
     def item(self) -> float:
         """The only element as a Python number."""
+        refuse_reading("the number in a tensor")
         return self.array.item()
 
     def detach(self) -> Tensor:
@@ -96,6 +109,7 @@ class Tensor(tape.Recordable):
         return Tensor(self.array)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        refuse_reading("the values of a tensor")
         return np.array(self.array, dtype=dtype, copy=copy) if copy else np.asarray(self.numpy(), dtype=dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -103,6 +117,8 @@ class Tensor(tape.Recordable):
         return Tensor, (self.array, self.requires_grad)
 
     def __repr__(self) -> str:
+        if recorder() is not None:
+            return f"a tensor of shape {self.shape} and {self.dtype} in a step that is being recorded"
         text = np.array2string(self.array, separator=", ", prefix="Tensor(")
         return f"Tensor({text}, dtype={self.dtype}{', requires_grad=True' if self.requires_grad else ''})"
 
@@ -110,9 +126,11 @@ class Tensor(tape.Recordable):
         return len(self.array)
 
     def __bool__(self) -> bool:
+        refuse_reading("the truth of a tensor")
         return bool(self.array)  # NumPy refuses where there is more than one element
 
     def __float__(self) -> float:
+        refuse_reading("the number in a tensor")
         return float(self.array)
 
     def __getitem__(self, key: Any) -> Any:
@@ -139,6 +157,7 @@ class Tensor(tape.Recordable):
                 got=f"a tensor of shape {self.shape} that takes part in gradients",
                 fix="Wrap the assignment in `with kd.no_grad():`, or compute a new tensor instead.",
             )
+        refuse("an assignment into a tensor", "Assign outside the step, or compute a new tensor.")
         self.array[key] = value.array if isinstance(value, Tensor) else value
         self.changed_in_place()
 
@@ -173,32 +192,45 @@ class Tensor(tape.Recordable):
 
     def zero_grad(self) -> None:
         """Forget the gradient; the next backward writes a fresh one."""
-        self._grad = None
+        self._keep_gradient(None)
+
+    def _keep_gradient(self, gradient: Any) -> None:
+        self._grad = gradient
+        writing = recorder()
+        if writing is not None:
+            writing.gradients[self] = gradient
 
     def move_into(self, arena: Any, values: Any, gradients: Any) -> None:
         """Live in these views of an arena from now on: the values here, each gradient there."""
+        refuse("an optimizer made in the step", "Make it before the step.")
         values[...] = self.array
         self.arena, self.array, self._place = arena, values, gradients
+        LAYOUT.changed()
         if self._grad is not None:
             gradients[...] = self._grad
             self._grad = gradients
 
     def gradient_place(self) -> Any:
         """Where the first gradient of a leaf is written, or None if it needs a buffer of its own."""
-        return self._place if self.node is None and self._grad is None else None
+        return self._place if self.node is None and not self.has_gradient else None
 
     def take_gradient(self, gradient: Any) -> None:
         """Keep a leaf's first gradient, or add a later one to it."""
-        if self._grad is not None:
+        if self.has_gradient:
             run("add_into", self._grad, gradient)
+        elif self._place is None:
+            self._keep_gradient(gradient)
         else:
-            if self._place is not None and gradient is not self._place:
-                self._place[...] = gradient
-            self._grad = gradient if self._place is None else self._place
+            if gradient is not self._place:
+                run("copy", self._place, gradient)
+            self._keep_gradient(self._place)
 
     def changed_in_place(self) -> None:
         """Say that the values were written to, so that a backward pass that read the old ones is refused."""
         self.version += 1
+        writing = recorder()
+        if writing is not None:
+            writing.changed.append(self)
 
     # --- operators ---
 
@@ -312,8 +344,26 @@ def apply(name: str, *inputs: Any, **attrs: Any) -> Tensor:
     return tape.record(name, inputs, Tensor.of, **attrs)
 
 
+def _copied(array: Any) -> Any:
+    """A copy that nobody else has."""
+    writing = recorder()
+    if writing is None or not writing.knows(array):
+        return np.array(array, order="C", copy=True)
+    copy = note_made(np.empty(array.shape, array.dtype))
+    run("copy", copy, array)
+    return copy
+
+
+def _is_number(x: Any) -> bool:
+    """Whether this is a Python number, or a float64 array without axes, which a compiled step reads anew each time."""
+    return type(x) in (float, int) or (isinstance(x, np.ndarray) and x.ndim == 0 and x.dtype == np.float64)
+
+
 def _pairwise(name: str, a: Any, b: Any) -> Tensor:
     """A binary operation after broadcasting; a number or array beside a tensor takes the tensor's dtype."""
+    if name == "mul" and (_is_number(a) or _is_number(b)):
+        x, factor = (b, a) if _is_number(a) else (a, b)
+        return apply("scale", x, float(factor) if type(factor) is int else factor)
     dtype = next((x.dtype for x in (a, b) if isinstance(x, Tensor) and x.requires_grad), None)
     dtype = dtype or next(x.dtype for x in (a, b) if isinstance(x, Tensor))
     a, b = (x if isinstance(x, Tensor) else Tensor.of(_operand(name, x, dtype)) for x in (a, b))
@@ -328,7 +378,11 @@ def _pairwise(name: str, a: Any, b: Any) -> Tensor:
 
 
 def _operand(name: str, value: Any, dtype: Any) -> Any:
-    return as_real(name, "operand", value, dtype).astype(dtype, order="C", copy=False)
+    array = as_real(name, "operand", value, dtype).astype(dtype, order="C", copy=False)
+    writing = recorder()
+    if writing is not None:
+        writing.note_conversion(f"{name}: an operand", value, array)
+    return array
 
 
 def matmul(a: Any, b: Any) -> Tensor:
@@ -348,7 +402,7 @@ def matmul(a: Any, b: Any) -> Tensor:
 def take(x: Any, rows: Any) -> Tensor:
     """Rows of x by number; x may have any number of axes behind the first."""
     x = x if isinstance(x, Tensor) else Tensor.of(as_real("take", "x", x))
-    index = np.asarray(rows)
+    index = rows if isinstance(rows, np.ndarray) else np.asarray(rows)
     if x.ndim < 1 or index.ndim != 1:
         expected = "one axis of row numbers of an array with rows"
         raise ShapeError("take", "rows", expected=expected, got=f"shape {index.shape}")

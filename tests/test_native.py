@@ -57,6 +57,13 @@ def units_in_the_last_place(actual: Any, exact: Any) -> float:
     return float((np.abs(actual.astype(exact.dtype) - exact) / spacing).max())
 
 
+def state(argument: Any, inputs: Any, rng: np.random.Generator, dtype: str) -> Any:
+    """What a kernel finds in a buffer that it updates."""
+    if argument.kind == "counter":
+        return np.array(5)
+    return np.abs(rng.normal(size=inputs[0].shape)).astype(dtype)
+
+
 # --- exp, on which everything stands ---
 
 
@@ -186,7 +193,7 @@ def test_every_level_agrees_with_the_reference(name: str, dtype: str, level: str
         full = {**op.attrs, **attrs}
         inputs, _ = prepare(op, raw, np.dtype(dtype))
         shapes, saved_shapes = op.infer([None if x is None else x.shape for x in inputs], full)
-        updates = [np.abs(rng.normal(size=inputs[0].shape)).astype(dtype) for _ in op.updates]
+        updates = [state(a, inputs, rng, dtype) for a in op.updates]
         kinds = [KINDS[a.kind] or np.dtype(dtype) for a in op.outs]
         buffers = [*(np.zeros(s, kind) for s, kind in zip(shapes, kinds, strict=True)), *updates]
         for buffer in buffers[: len(op.outs)]:
@@ -322,7 +329,7 @@ def test_avx2_and_avx512_give_the_same_bits(name: str, dtype: str) -> None:
         full = {**op.attrs, **attrs}
         inputs, _ = prepare(op, raw, np.dtype(dtype))
         shapes, saved_shapes = op.infer([None if x is None else x.shape for x in inputs], full)
-        updates = [np.abs(rng.normal(size=inputs[0].shape)).astype(dtype) for _ in op.updates]
+        updates = [state(a, inputs, rng, dtype) for a in op.updates]
         kinds = [KINDS[a.kind] or np.dtype(dtype) for a in op.outs] + [np.dtype(dtype)] * len(op.saved)
         found = []
         for level in ("v3", "v4"):
@@ -456,12 +463,14 @@ def test_a_list_of_calls_runs_in_order_and_stops_at_the_first_that_is_refused() 
     z, bad, p = np.ones((1, 3), np.float32), np.array(0.0), np.ones((1, 3), np.float32)
     add, double = native.binder("add_into")(y, x), native.binder("add_into")(y, y)
     refused = native.binder("softmax")(p, z, bad)
-    calls = ffi.new("minikd_call[]", [c.record[0] for c in (add, double, refused, add)])
-    assert lib.minikd_run(calls, 2) == lib.MINIKD_DONE
+    calls, done = ffi.new("minikd_call[]", [c.record[0] for c in (add, double, refused, add)]), ffi.new("int64_t *")
+    assert lib.minikd_run(calls, 2, done) == lib.MINIKD_DONE
+    assert done[0] == 2
     np.testing.assert_array_equal(y, [4, 4, 4])
-    assert lib.minikd_run(calls, 4) == lib.MINIKD_BAD_TEMPERATURE
+    assert lib.minikd_run(calls, 4, done) == lib.MINIKD_BAD_TEMPERATURE
+    assert done[0] == 2
     np.testing.assert_array_equal(y, [10, 10, 10])
-    assert lib.minikd_run(calls, 0) == lib.MINIKD_DONE
+    assert lib.minikd_run(calls, 0, ffi.NULL) == lib.MINIKD_DONE
 
 
 # --- memory ---

@@ -18,6 +18,7 @@ import numpy as np
 from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError
 from minikd.kernels import composed
 from minikd.kernels.launch import Call, Launch, Launcher, Memo, as_arrays, binding_anew, look_of
+from minikd.kernels.recording import LAYOUT, recorder, traced
 from minikd.kernels.reference import bind_reference
 from minikd.ops import OPS, Argument, Op, Shape
 from minikd.ops.op import KINDS
@@ -112,7 +113,12 @@ class _InUse:
 
     def run(self, name: str, *buffers: Any, **attrs: Any) -> None:
         """Run a kernel once on these buffers."""
-        self.launch(name, buffers, _complete(name, attrs)).run(*buffers)
+        complete = _complete(name, attrs)
+        launch, writing = self.launch(name, buffers, complete), recorder()
+        if writing is None:
+            launch.run(*buffers)
+        else:
+            writing.run(name, complete, launch, buffers)
 
 
 _in_use: list[_InUse] = []  # one, once a backend was chosen
@@ -133,6 +139,7 @@ def use_backend(name: str) -> None:
         expected = f"a backend that runs here ({', '.join(usable)})"
         raise BackendError("use_backend", "name", expected=expected, got=repr(name), fix=f"Reason: {reason}.")
     _in_use[:] = [_InUse(name)]
+    LAYOUT.changed()
 
 
 def current_backend() -> str:
@@ -195,6 +202,17 @@ def bind(name: str, *buffers: Any, **attrs: Any) -> Call:
     DTypeError, ShapeError : a buffer is not what the signature says.
     """
     return _current().launch(name, buffers, _complete(name, attrs)).bind(*buffers)
+
+
+def join(calls: Sequence[Call]) -> list[Call]:
+    """The same work in fewer calls: neighbours that the backend can run as one are put together."""
+    module = importlib.import_module(BACKENDS[current_backend()].module)
+    return module.join(calls) if hasattr(module, "join") else list(calls)
+
+
+def in_use() -> _InUse:
+    """What stands for the backend in use, another object after each `use_backend`."""
+    return _in_use[0] if _in_use else _current()
 
 
 def run(name: str, *buffers: Any, **attrs: Any) -> None:
@@ -324,6 +342,10 @@ def prepare(op: Op, inputs: Sequence[Any], real: np.dtype[Any] | None = None) ->
             arrays.append(array.astype(real, order="C", copy=False))
         else:
             arrays.append(np.asarray(_CONVERT[argument.kind](op.name, argument.name, value), order="C"))
+    writing = recorder()
+    if writing is not None:
+        for argument, value, array in zip(arguments, inputs, arrays, strict=True):
+            writing.note_conversion(f"{op.name}: {argument.name}", value, array)
     return arrays, real
 
 
@@ -345,11 +367,12 @@ class Prepared:
     save : False leaves out the saved values that are optional, and with them their work.
     """
 
-    __slots__ = ("launch", "real", "written")
+    __slots__ = ("attrs", "launch", "name", "real", "written")
 
     def __init__(
         self, op: Op, inputs: Sequence[Any], attrs: dict[str, Any], save: bool, real: np.dtype[Any], used: _InUse
     ) -> None:
+        self.name, self.attrs = op.name, attrs
         outs, saved = op.infer([None if x is None else np.shape(x) for x in inputs], attrs)
         kept = [s if save or not a.optional else None for a, s in zip(op.saved, saved, strict=True)]
         declared = zip((*op.outs, *op.saved), (*outs, *kept), strict=True)
@@ -364,7 +387,14 @@ class Prepared:
         written = [None if w is None else empty(*w) for w in fresh]
         if gradient is not None:
             written.append(gradient)
-        self.launch.run(*written, *inputs)
+        writing = recorder()
+        if writing is None:
+            self.launch.run(*written, *inputs)
+            return written
+        for buffer, look in zip(written, fresh, strict=False):
+            if look is not None:
+                writing.made(buffer)
+        writing.run(self.name, self.attrs, self.launch, (*written, *inputs))
         return written
 
 
@@ -405,6 +435,14 @@ def execute(
         prepared = recall(op.name, inputs, attrs, save) or _learn(op, inputs, attrs, save, real)
     written, outs = prepared.run(inputs, gradient), len(op.outs)
     return written[:outs], written[outs:], inputs
+
+
+def evaluate(
+    op: Op, inputs: Sequence[Any], attrs: dict[str, Any], *, save: bool = True, gradient: Any = None
+) -> tuple[list[Any], list[Any]]:
+    """`execute` for somebody who looks at the results: the outputs and the saved values, in a recorded step unread."""
+    outs, saved, _ = execute(op, inputs, attrs, save=save, gradient=gradient)
+    return [traced(out) for out in outs], [None if s is None else traced(s) for s in saved]
 
 
 def _learn(op: Op, inputs: Sequence[Any], attrs: dict[str, Any], save: bool, real: np.dtype[Any]) -> Prepared:

@@ -9,6 +9,7 @@ processors, or as many as MINIKD_NUM_THREADS says; its result does not depend on
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -34,6 +35,7 @@ def _load() -> tuple[Any, str]:
 
 
 _module, _missing = _load()
+_NULL = None if _module is None else _module.ffi.NULL
 
 
 def _texts(function: str) -> Iterator[str]:
@@ -154,6 +156,9 @@ def unavailable() -> str:
     return ""
 
 
+FLOAT, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+
+
 class _Place(NamedTuple):
     """Where the value of a letter may be read: the extent of one axis of one buffer; axis -1 is all elements."""
 
@@ -190,9 +195,66 @@ class NativeCall:
         self.record, self.kept, self.refuse = record, kept, refuse
 
     def __call__(self) -> None:
-        status = _module.lib.minikd_run(self.record, 1)
+        status = _module.lib.minikd_run(self.record, 1, _NULL)
         if status:
             self.refuse(status)
+
+
+class NativeSequence:
+    """Bound calls of C kernels that run one after the other, as one call."""
+
+    __slots__ = ("calls", "done", "records", "start")
+
+    def __init__(self, calls: Sequence[NativeCall]) -> None:
+        self.calls = tuple(calls)
+        self.records = _module.ffi.new("minikd_call[]", [call.record[0] for call in calls])
+        self.done = _module.ffi.new("int64_t[2]")
+        self.start = partial(_module.lib.minikd_run, self.records, len(self.calls), self.done + 1)
+
+    def __call__(self) -> None:
+        status = self.start()
+        if status:
+            self.calls[self.calls_done].refuse(status)
+
+    def repeat(self, inputs: Sequence[tuple[Any, Any]], outputs: Sequence[tuple[Any, Any]], rounds: int) -> None:
+        """Run `rounds` times, round r between copies: ``to[...] = from[r]`` of inputs, ``to[r] = from`` of outputs.
+
+        All arrays are contiguous; the two of a pair agree in dtype, and in shape but for the axis of the rounds.
+        """
+        ffi = _module.ffi
+        before = ffi.new("minikd_copy[]", [_copy(to, from_, 0, to.nbytes) for to, from_ in inputs])
+        after = ffi.new("minikd_copy[]", [_copy(to, from_, from_.nbytes, 0) for to, from_ in outputs])
+        counts = len(self.calls), len(inputs), len(outputs)
+        status = _module.lib.minikd_repeat(
+            self.records, counts[0], before, counts[1], after, counts[2], rounds, self.done
+        )
+        if status:
+            self.calls[self.calls_done].refuse(status)
+
+    @property
+    def rounds_done(self) -> int:
+        """How many rounds the last `repeat` completed."""
+        return int(self.done[0])
+
+    @property
+    def calls_done(self) -> int:
+        """How many calls were completed in the last run, or in the last round of a `repeat`."""
+        return int(self.done[1])
+
+
+def _copy(to: Any, from_: Any, to_stride: int, from_stride: int) -> tuple[Any, ...]:
+    """The fields of a `minikd_copy`; what it points to is kept alive by the caller."""
+    pointer = _module.ffi.from_buffer
+    return (pointer(to), pointer(from_), max(to_stride, from_stride), to_stride, from_stride)
+
+
+def join(calls: Sequence[Any]) -> list[Any]:
+    """The same calls, neighbours that are C kernels put together."""
+    parts: list[Any] = []
+    for native, group in itertools.groupby(calls, lambda call: isinstance(call, NativeCall)):
+        neighbours = list(group)
+        parts += [NativeSequence(neighbours)] if native else neighbours
+    return parts
 
 
 class NativeLaunch:
@@ -228,7 +290,7 @@ class NativeLaunch:
             places[k] = pointer(buffers[k])
         for i, k in enumerate(self.numbers):
             values[i] = buffers[k]
-        status = _module.lib.minikd_run(record, 1)
+        status = _module.lib.minikd_run(record, 1, _NULL)
         self.free.append(used)
         if status:
             _refuse(self.op, self.arguments, buffers, status)
@@ -252,12 +314,12 @@ def launcher(name: str, level: str = "") -> Callable[[Sequence[Any], dict[str, A
     ffi, lib = _module.ffi, _module.lib
     chosen = (level or cpu_level()).encode()
     _use_default_threads()
-    kernels = {np.dtype(f"f{8 if d else 4}"): lib.minikd_find(name.encode(), d, chosen) for d in (0, 1)}
+    kernels = {(FLOAT, DOUBLE)[d]: lib.minikd_find(name.encode(), d, chosen) for d in (0, 1)}
     reals = tuple(k for k, a in enumerate(arguments) if a.kind == "real")
     letters = tuple(_places(arguments, letter) for letter in op.letters)
 
     def launch(buffers: Sequence[Any], attrs: dict[str, Any]) -> NativeLaunch:
-        real = next(buffers[k].dtype for k in reals if buffers[k] is not None)
+        real = next((buffers[k].dtype for k in reals if buffers[k] is not None), FLOAT)
         sizes = [_size(buffers, places) for places in letters]
         blank = ffi.new("minikd_call *", (kernels[real], [], sizes, _attributes(op, attrs)))
         return NativeLaunch(op, arguments, buffers, blank)

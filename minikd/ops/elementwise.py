@@ -121,6 +121,35 @@ register(
         analytic=True,
     )
 )
+
+
+def _scale_example(rng: np.random.Generator, dtype: Any) -> list[Example]:
+    return [
+        ([x, np.float64(s)], {})
+        for (inputs, _), s in zip(_single(-3, 3)(rng, dtype), (2, -0.5, 0, 1e-3, 3, 1), strict=True)
+        for x in inputs
+    ]
+
+
+def _factor(factor: Any, x: Any) -> Any:
+    """The factor, rounded to the type of what it multiplies."""
+    return x.dtype.type(float(factor))
+
+
+register(
+    Op(
+        name="scale",
+        formula="y = factor·x;  dx = factor·dy",
+        signature="x(...), factor:scalar -> y(...)",
+        forward=lambda xp, y, x, factor: xp.multiply(x, _factor(factor, x), out=y),
+        vjp=lambda xp, dx, dy, y, x, factor: xp.multiply(dy, _factor(factor, dy), out=dx),
+        wrt=("x",),
+        vjp_reads=("factor",),
+        may_alias=("x",),
+        example=_scale_example,
+        analytic=True,
+    )
+)
 register(
     Op(
         name="div",

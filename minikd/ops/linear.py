@@ -39,6 +39,11 @@ def _linear_vjp(xp: Any, dx: Any, dw: Any, db: Any, dy: Any, y: Any, x: Any, w: 
         xp.sum(dy, axis=0, out=db)
 
 
+def product_flops(n: int, k: int, m: int) -> int:
+    """A multiplication and an addition for each pair that meets in a product of (n, k) and (k, m)."""
+    return 2 * n * k * m
+
+
 register(
     Op(
         name="matmul",
@@ -49,6 +54,7 @@ register(
         wrt=("a", "b"),
         vjp_reads=("a", "b"),
         example=_matmul_example,
+        flops=product_flops,
         analytic=True,
     )
 )
@@ -62,6 +68,7 @@ register(
         wrt=("x", "w", "b"),
         vjp_reads=("x", "w"),
         example=_linear_example,
+        flops=product_flops,
         analytic=True,
         source="weights lie as (outputs, inputs), as in PyTorch and ONNX's Gemm",
     )
@@ -144,6 +151,7 @@ def _layer_op(name: str, activation: Activation) -> Op:
         wrt=("x", "w", "b"),
         vjp_reads=("product", "x", "w", "b") if keeps else ("y", "x", "w"),
         example=example,
+        flops=product_flops,
         analytic=activation.analytic,
         source=activation.source,
     )

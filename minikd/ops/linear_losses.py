@@ -112,6 +112,7 @@ register(
         vjp=_scale_gradients,
         wrt=("hidden", "weight", "bias"),
         vjp_reads=("hidden_gradient", "weight_gradient", "bias_gradient"),
+        flops=lambda n, k, c, *j: 2 * n * c * (3 * k + sum(j)),
         example=_example,
         source="distillation_loss; in chunks of rows as Hsu et al. 2024 and Wijmans et al. 2024",
     )

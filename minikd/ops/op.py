@@ -87,6 +87,8 @@ class Op:
     attrs : attributes with their defaults; they fix what the kernel does and never change between two calls of it.
     shape : ``shape(input_shapes, attrs) -> out shapes`` where letters cannot say it.
     example : ``example(rng, dtype) -> [(inputs, attrs), …]``, legal inputs, the awkward ones among them.
+    flops : ``flops(*sizes)``, the operations of forward on numbers where they are not one for each element that is
+        written; vjp takes as many for each gradient of a matrix.
     analytic : forward also accepts complex arrays, so that a complex step gives its derivative to full precision.
     source : where the formula is from.
     """
@@ -102,6 +104,7 @@ class Op:
     may_alias: tuple[str, ...] = ()
     attrs: dict[str, Any] = field(default_factory=dict)
     shape: Callable[[Sequence[Shape | None], dict[str, Any]], Iterable[Shape]] | None = None
+    flops: Callable[..., int] | None = None
     analytic: bool = False
     source: str = ""
 

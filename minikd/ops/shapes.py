@@ -157,6 +157,29 @@ register(
     )
 )
 
+# --- take labels ---
+
+
+def _take_index(xp: Any, y: Any, x: Any, rows: Any) -> None:
+    check_rows(xp, rows, x.shape[0])
+    xp.take(x, rows, out=y, mode="clip")
+
+
+def _take_index_example(rng: np.random.Generator, dtype: Any) -> list[Example]:
+    x = rng.integers(-1, 10, 5)
+    return [([x, np.array(rows, np.int64)], {}) for rows in ([4, 0, 0, 2], [3], [])]
+
+
+register(
+    Op(
+        name="take_index",
+        formula="y[k] = x[rows[k]], of whole numbers such as labels",
+        signature="x:index(n), rows:index(k) -> y:index(k)",
+        forward=_take_index,
+        example=_take_index_example,
+    )
+)
+
 # --- concatenate ---
 
 
@@ -277,5 +300,14 @@ register(
         signature="x(...) -> y!(...)",
         forward=lambda xp, y, x: xp.add(y, x, out=y),
         example=lambda rng, dtype: [([np.asarray(rng.normal(size=s), dtype)], {}) for s in ((3, 4), (67,), (0,))],
+    )
+)
+register(
+    Op(
+        name="copy",
+        formula="y = x",
+        signature="x(...) -> y(...)",
+        forward=lambda xp, y, x: xp.copyto(y, x),
+        example=lambda rng, dtype: [([np.asarray(rng.normal(size=s), dtype)], {}) for s in ((3, 4), (67,), (0,), ())],
     )
 )

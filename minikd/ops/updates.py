@@ -109,3 +109,24 @@ register(
         source="Srebro and Shraibman 2005; Srivastava et al. 2014, sec. 5.1",
     )
 )
+
+# --- what a step counts and sets, in operations of its own so that it can be replayed ---
+
+register(
+    Op(
+        name="advance",
+        formula="count += 1",
+        signature="-> count!:counter",
+        forward=lambda xp, count: xp.add(count, 1, out=count),
+        example=lambda rng, dtype: [([], {})],
+    )
+)
+register(
+    Op(
+        name="set_scalar",
+        formula="y = x, a learning rate for example",
+        signature="x:scalar -> y:scalar",
+        forward=lambda xp, y, x: xp.copyto(y, x),
+        example=lambda rng, dtype: [([np.float64(0.125)], {}), ([np.float64(-3)], {})],
+    )
+)

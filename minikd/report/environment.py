@@ -15,6 +15,7 @@ import minikd
 from minikd.data import sources
 from minikd.errors import MinikdError
 from minikd.kernels import backends, kernel_names
+from minikd.kernels.threads import threads
 from minikd.report.table import Table
 
 # Extra → the packages that `pip install 'minikd[extra]'` brings.
@@ -27,6 +28,7 @@ def environment_table() -> Table:
         ("minikd", minikd.__version__),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("NumPy", f"{np.__version__}, matrix products by {_blas()}"),
+        ("threads", str(threads())),
         ("backends",),
         *_backends(),
         ("extras",),

@@ -1,0 +1,238 @@
+"""Plans: a recorded step with memory of its own, run again and again without asking Python what comes next.
+
+A `Plan` binds the kernels that a `Recorder` wrote down to buffers of its own. Buffers whose last reader is done give
+their place to later ones, so a plan needs little more memory than the step at its widest. What can be run by one call
+of C is put together (`minikd.kernels.join`); arguments are copied into the plan's own arrays before each run, results
+are read from them afterwards, so that no plan ever looks at memory that somebody else may have freed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minikd.kernels import Call, bind, join
+from minikd.kernels.recording import ARGUMENT, CONSTANT, MADE, Buffer, Recorded, Recorder, written
+from minikd.ops import OPS
+
+ALIGNMENT = 64  # bytes: a line of the cache, and the widest vector
+
+
+class Span(NamedTuple):
+    """From the call that first writes a piece of memory to the last that looks at it."""
+
+    first: int
+    last: int
+
+    def meets(self, other: Span) -> bool:
+        return self.first <= other.last and other.first <= self.last
+
+
+def place_all(sizes: Sequence[int], spans: Sequence[Span]) -> tuple[list[int], int]:
+    """Offsets at which pieces of these sizes never meet while they are used, and the size of the whole.
+
+    The largest come first, each at the lowest place that is free during its span.
+
+    Source: Pisarchyk and Lee 2020, "Efficient memory management for deep neural net inference", algorithm 3.
+    """
+    offsets = [0] * len(sizes)
+    placed: list[int] = []
+    for k in sorted(range(len(sizes)), key=lambda k: (-sizes[k], spans[k])):
+        at = 0
+        for other in sorted((p for p in placed if spans[p].meets(spans[k])), key=lambda p: offsets[p]):
+            if offsets[other] - at >= sizes[k]:
+                break
+            at = max(at, offsets[other] + sizes[other])
+        offsets[k] = at
+        placed.append(k)
+    return offsets, max((o + s for o, s in zip(offsets, sizes, strict=True)), default=0)
+
+
+def aligned(size: int) -> int:
+    """`size` bytes in whole lines."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def block_of(size: int) -> Any:
+    """So many bytes that begin at a line of the cache."""
+    block = np.empty(size + ALIGNMENT, np.uint8)
+    start = -block.ctypes.data % ALIGNMENT
+    return block[start : start + size]
+
+
+def spans_of(calls: Sequence[Recorded], made: Sequence[int], until_the_end: Sequence[int]) -> dict[int, Span]:
+    """When each of the storages `made` is in use."""
+    spans: dict[int, Span] = {}
+    for k, call in enumerate(calls):
+        for b in call.buffers:
+            if b is not None and b.storage >= 0:
+                spans[b.storage] = Span(spans[b.storage].first if b.storage in spans else k, k)
+    wanted = set(made)
+    found = {s: span for s, span in spans.items() if s in wanted}
+    return found | {s: Span(found[s].first, len(calls)) for s in until_the_end if s in found}
+
+
+def share_in_place(calls: Sequence[Recorded], spans: dict[int, Span], sizes: dict[int, int]) -> dict[int, int]:
+    """Outputs that take over the memory of an input that nobody looks at afterwards: output → the first owner."""
+    root: dict[int, int] = {}
+    for k, call in enumerate(calls):
+        op = OPS.get(call.name)
+        if op is None or not op.may_alias or call.buffers[0] is None:
+            continue
+        out = call.buffers[0].storage
+        inputs = zip(op.inputs, call.buffers[len(call.buffers) - len(op.inputs) :], strict=True)
+        for argument, b in inputs:
+            if b is None or argument.name not in op.may_alias or out not in spans or b.storage not in spans:
+                continue
+            owner = root.get(b.storage, b.storage)
+            dies = spans[owner].last == k and spans[out].first == k and sizes[owner] == sizes[out]
+            if dies and owner != out:
+                root[out] = owner
+                spans[owner] = Span(spans[owner].first, spans.pop(out).last)
+                break
+    return root
+
+
+def _origins(recorder: Recorder, calls: Sequence[Recorded], parameters: set[int]) -> list[str]:
+    """In words, where each storage is from; an empty text for memory that the step makes."""
+    changed = {b.storage for call in calls for b in written(call)}
+    gradients = {b.storage for call in calls if call.name.endswith("_vjp") for b in written(call)}
+    arguments = [k for k, s in enumerate(recorder.storages) if s.kind == ARGUMENT]
+
+    def origin(k: int, kind: str) -> str:
+        if kind in (MADE, CONSTANT):
+            return "" if kind == MADE else "constant"
+        if kind == ARGUMENT:
+            return f"argument {arguments.index(k)}"
+        return (
+            "parameters" if k in parameters else "gradients" if k in gradients else "state" if k in changed else "data"
+        )
+
+    return [origin(k, s.kind) for k, s in enumerate(recorder.storages)]
+
+
+class Memory(NamedTuple):
+    """What a plan takes for what is computed on the way, in bytes: with places reused, and if each had its own."""
+
+    bytes: int
+    without_reuse: int
+
+
+class Plan:
+    """A recorded step, bound to memory of its own.
+
+    Parameters
+    ----------
+    recorder : what the step did.
+    results : arrays of the step that are wanted after a run.
+
+    Attributes
+    ----------
+    arguments : the arrays into which a run's arguments are copied.
+    results : where the results are after a run.
+    calls : what is run, in order, for those who want to look (`minikd.explain`); `arrays` are the buffers of each,
+        `bound` runs each, `origins` says where each storage is from.
+    parts : the same in as few calls as possible.
+    memory : see `Memory`.
+    """
+
+    def __init__(self, recorder: Recorder, results: Sequence[Any]) -> None:
+        self.calls, storages = list(recorder.calls), recorder.storages
+        wanted = [recorder.place(array) for array in results]
+        made = [k for k, s in enumerate(storages) if s.kind == MADE]
+        sizes = {k: aligned(storages[k].owner.nbytes) for k in made}
+        spans = spans_of(self.calls, made, [b.storage for b in wanted])
+        separate = sum(sizes[k] for k in spans)
+        root = share_in_place(self.calls, spans, sizes)
+        order = list(spans)
+        offsets, total = place_all([sizes[k] for k in order], [spans[k] for k in order])
+        place = dict(zip(order, offsets, strict=True))
+        self.memory = Memory(total, separate)
+        block = block_of(total)
+
+        def array_at(b: Buffer | None) -> Any:
+            if b is None:
+                return None
+            if b.value is not None:
+                return np.array(b.value)
+            if storages[b.storage].kind != MADE:
+                return recorder.arrays[b]
+            start = place[root.get(b.storage, b.storage)] + b.offset
+            size = int(np.prod(b.shape)) * b.dtype.itemsize
+            return block[start : start + size].view(b.dtype).reshape(b.shape)
+
+        self.arguments = [s.owner for s in storages if s.kind == ARGUMENT]
+        self.results = [array_at(b) for b in wanted]
+        self.arrays = [tuple(array_at(b) for b in call.buffers) for call in self.calls]
+        self.bound = [bind(c.name, *arrays, **c.attrs) for c, arrays in zip(self.calls, self.arrays, strict=True)]
+        self.parts: list[Call] = join(self.bound)
+        parameters = {recorder.place(tensor.array).storage for tensor in recorder.changed}
+        changes = (k for k, c in enumerate(self.calls) if any(b.storage in parameters for b in written(c)))
+        self._first_change = next(changes, len(self.calls))
+        self.origins = _origins(recorder, self.calls, parameters)
+
+    @property
+    def one_call(self) -> bool:
+        """Whether a run is a single call of C."""
+        return len(self.parts) == 1 and hasattr(self.parts[0], "repeat")
+
+    def run(self) -> None:
+        """Run once on what the arguments hold.
+
+        Raises
+        ------
+        MinikdError : a kernel refuses what it was given, a label out of range for example; a note says whether
+            parameters had changed by then.
+        """
+        try:
+            for part in self.parts:
+                part()
+        except Exception as error:
+            error.add_note(self._state_after(self._stopped_at()))
+            raise
+
+    def repeat(self, arguments: Sequence[Any], results: Sequence[Any], rounds: int) -> None:
+        """Run `rounds` times: in round r on ``argument[r]`` of each, writing each result to ``result[r]``.
+
+        Parameters
+        ----------
+        arguments, results : arrays of the shapes and dtypes of the plan's own, with one more axis in front.
+        """
+        if self.one_call:
+            try:
+                self.parts[0].repeat(  # type: ignore[attr-defined]
+                    list(zip(self.arguments, arguments, strict=True)),
+                    list(zip(results, self.results, strict=True)),
+                    rounds,
+                )
+            except Exception as error:
+                error.add_note(f"It is step {self.parts[0].rounds_done} of the {rounds} in this call.")  # type: ignore[attr-defined]
+                error.add_note(self._state_after(self._stopped_at()))
+                raise
+            return
+        for r in range(rounds):
+            for place, argument in zip(self.arguments, arguments, strict=True):
+                place[...] = argument[r]
+            self.run()
+            for place, result in zip(self.results, results, strict=True):
+                result[r] = place
+
+    def explain(self, timed: bool = True) -> str:
+        """See `minikd.explain.explain`."""
+        return str(importlib.import_module("minikd.explain").explain(self, timed))
+
+    def dot(self) -> str:
+        """See `minikd.explain.dot`."""
+        return str(importlib.import_module("minikd.explain").dot(self))
+
+    def _stopped_at(self) -> int:
+        """The number of calls that the run under way has completed, or more."""
+        return getattr(self.parts[0], "calls_done", 0) if len(self.parts) == 1 else len(self.calls)
+
+    def _state_after(self, done: int) -> str:
+        if done <= self._first_change:
+            return "The parameters are as they were before this step."
+        return "The parameters may have been changed by this step in part."
