@@ -12,7 +12,7 @@ import numpy as np
 from minikd import functional as F
 from minikd.errors import ArgumentError, ShapeError
 from minikd.kernels import FLOATS, as_real, run
-from minikd.kernels.recording import LAYOUT, Recorder, recorder, refuse_reading
+from minikd.kernels.recording import LAYOUT, Recorder, recorder, refuse, refuse_reading, traced
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.steps import Step
 from minikd.tape import no_grad
@@ -153,6 +153,8 @@ class Module:
         raise ArgumentError("Module", "features", expected="asked of a Sequential", got=type(self).__name__)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor | np.ndarray):
+            refuse("a tensor or an array put into a module", "Return it from the step, and keep it outside.")
         object.__setattr__(self, name, value)
         LAYOUT.changed()
 
@@ -164,7 +166,7 @@ class Module:
         """A plan holds for the parts, parameters and modes that it was recorded with."""
         for _, module in self.named_modules():
             for name, value in vars(module).items():
-                if value is None or isinstance(value, Module | Tensor | tuple | bool):
+                if value is None or isinstance(value, _GUARDED):
                     writing.guard(module, name)
 
     # --- parts and parameters ---
@@ -249,6 +251,8 @@ class Module:
         array = as_real("logits", "x", x.array if isinstance(x, Tensor) else x)
         rows = array[None] if array.ndim == 1 else array.reshape(len(array), math.prod(array.shape[1:]))
         pieces = [predictor(rows[k : k + ROWS_AT_A_TIME]) for k in range(0, max(len(rows), 1), ROWS_AT_A_TIME)]
+        if len(pieces) > 1:
+            refuse("logits of so many rows", f"Give at most {ROWS_AT_A_TIME} at a time, or call the model on a tensor.")
         scores = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         return scores[0] if array.ndim == 1 else scores
 
@@ -281,7 +285,7 @@ class _Predictor:
 
     def _scores(self, rows: np.ndarray) -> np.ndarray:
         scores = self.step(rows if rows.dtype == self.dtype else rows.astype(self.dtype))
-        return scores.array if isinstance(scores, Tensor) else scores
+        return traced(scores.array if isinstance(scores, Tensor) else scores)
 
     def _in_evaluation_mode(self, rows: np.ndarray) -> np.ndarray:
         """Switch off the training mode of those parts that are in it, and remember if there were none."""
@@ -296,6 +300,10 @@ class _Predictor:
         finally:
             for m in training:
                 m.training = True
+
+
+# Kinds of attributes that a plan depends on: another one makes another plan.
+_GUARDED = Module | Tensor | np.ndarray | tuple | bool | int | float | str
 
 
 class Linear(Module):
