@@ -12,7 +12,7 @@ import numpy as np
 from minikd import functional as F
 from minikd.errors import ArgumentError, ShapeError
 from minikd.kernels import FLOATS, as_real, run
-from minikd.kernels.recording import LAYOUT, Recorder, recorder, refuse_reading, traced
+from minikd.kernels.recording import LAYOUT, Recorder, recorder, refuse, refuse_reading, traced
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.steps import Step
 from minikd.tape import no_grad
@@ -153,6 +153,8 @@ class Module:
         raise ArgumentError("Module", "features", expected="asked of a Sequential", got=type(self).__name__)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor | np.ndarray):
+            refuse("a tensor or an array put into a module", "Return it from the step, and keep it outside.")
         object.__setattr__(self, name, value)
         LAYOUT.changed()
 
@@ -164,7 +166,7 @@ class Module:
         """A plan holds for the parts, parameters and modes that it was recorded with."""
         for _, module in self.named_modules():
             for name, value in vars(module).items():
-                if value is None or isinstance(value, Module | Tensor | tuple | bool):
+                if value is None or isinstance(value, _GUARDED):
                     writing.guard(module, name)
 
     # --- parts and parameters ---
@@ -265,6 +267,8 @@ class Module:
         rows = array[None] if array.ndim == 1 else array.reshape(len(array), math.prod(array.shape[1:]))
         starts = range(0, max(len(rows), 1), ROWS_AT_A_TIME)
         pieces = [predictor(what, rows[k : k + ROWS_AT_A_TIME], settings) for k in starts]
+        if len(pieces) > 1:
+            refuse("predictions for so many rows", f"Give {ROWS_AT_A_TIME} at most, or call the model on a tensor.")
         found = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         return found[0] if array.ndim == 1 else found
 
@@ -295,7 +299,7 @@ class _Predictor:
             scores = self.forms["logits"](rows).array  # the kernels of rows of classes refuse to have none
             return scores.argmax(axis=1) if what == "classes" else scores
         found = self.forms[what](rows, *settings)
-        return found.array if isinstance(found, Tensor) else found
+        return traced(found.array) if isinstance(found, Tensor) else found
 
     def _of_raw(self, rows: Any) -> Any:
         writing = recorder()
@@ -333,6 +337,10 @@ def _for_columns(values: Any, columns: int, dtype: Any) -> np.ndarray:
     """A number for each column, of this dtype; a single number is for all of them."""
     array = np.ascontiguousarray(values, dtype)
     return np.full(columns, array.item()).astype(dtype) if array.size == 1 else array
+
+
+# Kinds of attributes that a plan depends on: another one makes another plan.
+_GUARDED = Module | Tensor | np.ndarray | tuple | bool | int | float | str
 
 
 class Linear(Module):

@@ -11,7 +11,7 @@ import numpy as np
 
 from minikd.errors import ArgumentError, TapeError
 from minikd.kernels import run
-from minikd.kernels.recording import note_constant, plain, recorder, refuse_reading
+from minikd.kernels.recording import LAYOUT, note_constant, plain, recorder, refuse_reading
 from minikd.nn import Arena
 from minikd.tensor import Tensor
 
@@ -52,6 +52,11 @@ class Optimizer:
         self._steps = np.zeros((), np.int64)
         self.state = {n: np.zeros_like(self.arena.values) for n in self.state_names}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name != "lr":  # which is a buffer that plans read
+            LAYOUT.changed()
+
     @property
     def lr(self) -> float:
         refuse_reading("the learning rate")
@@ -82,6 +87,10 @@ class Optimizer:
         ------
         TapeError : no parameter has a gradient, so that backward was probably forgotten.
         """
+        writing = recorder()
+        if writing is not None:
+            for name in ("arena", "attrs", "state", "max_norm"):
+                writing.guard(self, name)
         parameters = self.arena.parameters
         without = [p for p in parameters if not p.has_gradient]
         if len(without) == len(parameters):

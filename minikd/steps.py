@@ -16,10 +16,12 @@ arguments (parameters, optimizer state, data) is read where it is, so a learning
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +34,10 @@ from minikd.kernels.recording import (
     Guard,
     Recorder,
     Traced,
+    address,
     anybody_records,
     content,
+    content_of,
     plain,
     recorder,
     recording,
@@ -89,7 +93,11 @@ def compile(step: Callable[..., Any] | None = None, *, fallback: bool = False, c
 def _is_data(value: Any) -> bool:
     """Whether an argument is data that may change from call to call."""
     if isinstance(value, Tensor):
-        return not value.requires_grad and value.node is None
+        if value.node is not None:
+            fix = "Compute it in the step, or give its values with .detach()."
+            expected = "an array, or a tensor without a history"
+            raise PlanError("compile", "an argument", expected=expected, got="what was computed from others", fix=fix)
+        return not value.requires_grad
     return isinstance(value, np.ndarray)
 
 
@@ -98,7 +106,11 @@ def _look(value: Any) -> Any:
     if _is_data(value):
         return type(value) is Tensor, value.shape, value.dtype
     if isinstance(value, Tensor):
-        return id(value)
+        return id(value)  # which it keeps, because the variant holds it
+    if isinstance(value, tuple):
+        return type(value), *(value if isinstance(v, np.ndarray | Tensor) else _look(v) for v in value)
+    if isinstance(value, float):
+        return value.hex(), type(value)  # 0.0 is not -0.0, and NaN is NaN
     try:
         hash(value)
     except TypeError:
@@ -110,15 +122,22 @@ def _look(value: Any) -> Any:
 def _place_for(value: Any) -> Any:
     """An array of the plan's own for an argument: floats as they are (64 bits without axes), whole numbers as int64."""
     array = value.array if isinstance(value, Tensor) else value
-    kind = array.dtype.kind
-    if kind == "f":
-        dtype = np.float64 if array.ndim == 0 else array.dtype if array.dtype in FLOATS else np.float32
-    elif kind in "iub":
-        dtype = np.uint8 if array.dtype == np.uint8 else np.int64
+    given = array.dtype.newbyteorder("=")
+    if given in FLOATS or given in (np.float16, np.bool_):
+        dtype = np.float64 if array.ndim == 0 else given if given in FLOATS else np.float32
+    elif given.kind in "iu":
+        dtype = np.uint8 if given == np.uint8 else np.int64
     else:
-        expected = "an array of floats or whole numbers"
+        expected = "an array of float16, float32, float64 or whole numbers"
         raise DTypeError("compile", "an argument", expected=expected, got=str(array.dtype))
     return np.empty(array.shape, dtype)
+
+
+def _fitting(array: Any) -> Any:
+    """The array as one that can be copied to its place: what int64 cannot hold stays too large."""
+    if array.dtype.kind == "u" and array.dtype.itemsize == 8:
+        return np.minimum(array, np.uint64(np.iinfo(np.int64).max))
+    return array
 
 
 # --- results ---
@@ -151,6 +170,17 @@ def _rebuilt(value: Any, leaves: Iterator[Any]) -> Any:
     return value
 
 
+def _skeleton(value: Any) -> Any:
+    """What a step returned without its leaves, to be compared."""
+    if isinstance(value, Leaf):
+        return Leaf
+    if isinstance(value, dict):
+        return [(k, _skeleton(v)) for k, v in value.items()]
+    if isinstance(value, tuple | list):
+        return type(value), [_skeleton(v) for v in value]
+    return value
+
+
 def _array_of(leaf: Any) -> Any:
     return plain(leaf.array) if isinstance(leaf, Tensor) else plain(np.asanyarray(leaf))
 
@@ -180,18 +210,21 @@ class _Variant:
         self.looks: list[tuple[Any, Any, Any]] = []  # the places as a quick look compares them
         self.steady = False  # whether nothing but the layout can end it
         self.writer: Recorder | None = None  # of the first call, until the second confirms it
+        self.recorded: Any = None  # what that call returned, to be compared
         self.used: Any = None  # what stands for the backend
         self.tape_on: bool | None = None  # whether gradients were recorded; None if it does not matter
         self.layout = -1
         self.guards: list[Guard] = []
-        self.found_gradients: list[tuple[Tensor, bool]] = []
+        self.found_gradients: list[tuple[Tensor, Any]] = []
+        self.held: tuple[Any, ...] = ()  # arguments that are known by their identity
 
     # --- recording ---
 
     def record(self, function: Callable[..., Any], args: Sequence[Any], names: Sequence[str], step: Step) -> Any:
         """Run the function as it stands and write down what it does; the second time, compare and make the plan."""
         self.fill(args)
-        pairs = zip(args, self.places, strict=True)
+        pairs = list(zip(args, self.places, strict=True))
+        self.held = tuple(value for value, place in pairs if place is None)
         given = [value if place is None else _handed_over(value, place) for value, place in pairs]
         positional = len(given) - len(names)
         before, writer = self.writer, Recorder([p for p in self.places if p is not None], forgiving=step.fallback)
@@ -199,15 +232,23 @@ class _Variant:
         with recording(writer):
             returned = function(*given[:positional], **dict(zip(names, given[positional:], strict=True)))
         self.writer, self.refusal = writer, writer.refusal
+        if self.refusal is not None and not step.fallback:
+            raise self.refusal  # which the step caught
         self.found_gradients, self.guards = list(writer.found_gradients.items()), writer.guards
         self.layout = LAYOUT.version
-        if self.refusal is None and before is not None:
-            self.refusal = _difference(before, writer)
-            if self.refusal is not None and not step.fallback:
-                raise self.refusal
         leaves = list(_leaves(returned))
+        results = [_result_of(writer, leaf) for leaf in leaves]
+        before_returned, self.recorded = self.recorded, (_skeleton(returned), results)
+        if self.refusal is None and before is not None:
+            self.refusal = _difference(before, writer) or _other_results(function, before_returned, self.recorded)
+            if self.refusal is not None and not step.fallback:
+                state = "have changed" if writer.changed else "are as they were before the step"
+                self.refusal.add_note(f"The step ran to its end; the parameters {state}.")
+                raise self.refusal
         if self.refusal is None and (before is not None or not step.confirm):
             self._make_plan(writer, returned, leaves)
+            quick = [type(value) is not Tensor and place is not None for value, place in pairs]
+            self.looks = [(p, p.shape, p.dtype) if q else (None,) * 3 for p, q in zip(self.places, quick, strict=True)]
         return _rebuilt(returned, iter([_like(leaf, _array_of(leaf)) for leaf in leaves]))
 
     def _make_plan(self, writer: Recorder, returned: Any, leaves: Sequence[Any]) -> None:
@@ -221,8 +262,7 @@ class _Variant:
         self.leaves = list(_leaves(self.returned))
         self.single = isinstance(self.returned, Tensor)
         self.steady = self.tape_on is None and not self.found_gradients
-        self.looks = [(p, None if p is None else p.shape, None if p is None else p.dtype) for p in self.places]
-        self.writer, self.plan = None, plan
+        self.writer, self.recorded, self.plan = None, None, plan
 
     # --- running ---
 
@@ -233,7 +273,7 @@ class _Variant:
         if self.tape_on is not None and self.tape_on is not is_recording():
             return False
         for tensor, had in self.found_gradients:
-            if tensor.has_gradient is not had:
+            if not _same_memory(tensor._grad, had):
                 return False
         if self.layout != LAYOUT.version:
             version = LAYOUT.version
@@ -257,17 +297,14 @@ class _Variant:
         """Copy the arguments into the plan's own arrays."""
         for value, place in zip(args, self.places, strict=True):
             if place is not None:
-                place[...] = value.array if type(value) is Tensor else value
+                place[...] = _fitting(value.array if type(value) is Tensor else value)
 
     def run(self) -> Any:
         """Replay on the arguments that were filled in."""
         plan = self.plan
         assert plan is not None
         plan.run()
-        for tensor, gradient in self.gradients:
-            tensor._grad = gradient
-        for tensor in self.changed:
-            tensor.version += 1
+        self.take_effect(1)
         if self.single:
             return Tensor.of(self.results[0].copy())
         leaves = [_like(leaf, array) for leaf, array in zip(self.leaves, self.results, strict=True)]
@@ -277,14 +314,26 @@ class _Variant:
         """Replay on each entry of these arrays; the results as arrays with one more axis in front."""
         assert self.plan is not None
         count = len(stacks[0])
-        arguments = [np.ascontiguousarray(x, p.dtype) for x, p in zip(stacks, self.places, strict=True)]
+        arguments = [np.ascontiguousarray(_fitting(x), p.dtype) for x, p in zip(stacks, self.places, strict=True)]
         results = [np.empty((count, *r.shape), r.dtype) for r in self.plan.results]
-        self.plan.repeat(arguments, results, count)
+        try:
+            self.plan.repeat(arguments, results, count)
+        finally:
+            if self.plan.rounds_done:
+                self.take_effect(self.plan.rounds_done)
+        return _rebuilt(self.returned, iter(results))
+
+    def take_effect(self, runs: int) -> None:
+        """Leave tensors as the step leaves them: with their gradients, and known to have changed."""
         for tensor, gradient in self.gradients:
             tensor._grad = gradient
         for tensor in self.changed:
-            tensor.version += count
-        return _rebuilt(self.returned, iter(results))
+            tensor.version += runs
+
+
+def _same_memory(a: Any, b: Any) -> bool:
+    """Whether two gradients, or their absences, are one."""
+    return a is b or (a is not None and b is not None and address(a) == address(b))
 
 
 def _handed_over(value: Any, place: Any) -> Any:
@@ -318,6 +367,28 @@ def _difference(first: Recorder, second: Recorder) -> PlanError | None:
     return PlanError("compile", "the step", expected="one that does the same in every call", got=got, fix=fix)
 
 
+def _result_of(writer: Recorder, leaf: Any) -> Any:
+    """Which memory a result of a recorded step is in; of a number that NumPy made, what it is."""
+    array = _array_of(leaf)
+    if isinstance(leaf, np.generic):
+        writer.constant(array)
+    return content_of(writer.place(array), writer.storages)
+
+
+def _other_results(function: Any, first: Any, second: Any) -> PlanError | None:
+    """What two recordings of one step return differently, in words; None if they agree."""
+    try:
+        if bool(first[0] == second[0]) and first[1] == second[1]:
+            return None
+    except Exception:  # things that cannot be compared
+        pass
+    fix = "Return tensors, and arrays that operations made, alone or in tuples, lists and dicts."
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    where = f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
+    got = f"a result that NumPy or Python computed, or an object of another kind{where}"
+    return PlanError("compile", "the step", expected="one that returns results of operations", got=got, fix=fix)
+
+
 class Step:
     """A function that is recorded when it first runs and replayed from then on; `compile` makes it.
 
@@ -337,6 +408,7 @@ class Step:
         self.fallback, self.confirm, self.differentiable = bool(fallback), bool(confirm), differentiable
         self._variants: dict[Any, list[_Variant]] = {}
         self._last: _Variant | None = None  # the one that ran last, if it has a plan
+        self._rounds_done = 0  # of the last call for several steps
         self._lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -353,7 +425,7 @@ class Step:
         names = tuple(kwargs)
         values = (*args, *kwargs.values())
         variant = self._variant(names, values)
-        if variant.refusal is not None:
+        if variant is None or variant.refusal is not None:
             return self.function(*args, **kwargs)
         if variant.plan is not None:
             self._last = None if names else variant
@@ -365,20 +437,30 @@ class Step:
             self._forget(variant)
             raise
 
-    def _variant(self, names: Sequence[str], values: Sequence[Any]) -> _Variant:
-        """The variant for these arguments that holds now, or a new one."""
-        key = (names, tuple(_look(v) for v in values))
+    def _variant(self, names: Sequence[str], values: Sequence[Any]) -> _Variant | None:
+        """The variant for these arguments that holds now, or a new one; None if no plan can take them."""
+        try:
+            return self._found_or_new((names, tuple(_look(v) for v in values)), values)
+        except (PlanError, DTypeError):
+            if self.fallback:
+                return None
+            raise
+
+    def _found_or_new(self, key: Any, values: Sequence[Any]) -> _Variant:
         found = self._variants.setdefault(key, [])
         for variant in found:
             if variant.fits():
                 return variant
+        places = [_place_for(v) if _is_data(v) else None for v in values]
+        for variants in self._variants.values():  # what was made for a backend that was chosen before never fits again
+            variants[:] = [v for v in variants if v.used is None or v.used is in_use()]
         if sum(map(len, self._variants.values())) >= MOST_VARIANTS and self.fallback:
             self._variants = {key: found}  # whoever asks for so many is served as well as can be
         elif sum(map(len, self._variants.values())) >= MOST_VARIANTS:
             expected = f"called with at most {MOST_VARIANTS} combinations of shapes, settings and Python values"
             fix = "Give a number that varies as np.array(number), an array without axes."
             raise PlanError("compile", "the step", expected=expected, got="one more", fix=fix)
-        found.append(_Variant([_place_for(v) if _is_data(v) else None for v in values]))
+        found.append(_Variant(places))
         return found[-1]
 
     def _forget(self, variant: _Variant) -> None:
@@ -430,7 +512,7 @@ class Step:
         Raises
         ------
         ShapeError : the arguments differ in length, or there is nothing to run on.
-        MinikdError : what the step itself raises; a note says in which step of a call.
+        MinikdError : what the step itself raises; a note says in which step.
         """
         done, portions = 0, []
         for count, portion in self._portions(*arguments):
@@ -458,7 +540,11 @@ class Step:
         while done < steps:
             count, started = min(steps - done, max(1, int(SECONDS_A_CALL / seconds))), time.monotonic()
             with self._lock:
-                count, portion = self._portion([x[done : done + count] for x in arrays])
+                try:
+                    count, portion = self._portion([x[done : done + count] for x in arrays])
+                except Exception as error:
+                    error.add_note(f"It is step {done + self._rounds_done} of steps 0 to {steps - 1}.")
+                    raise
             seconds = max((time.monotonic() - started) / count, 1e-9)
             done += count
             yield count, portion
@@ -467,7 +553,11 @@ class Step:
         """Run the step on entries of these arrays: on all of them by its plan, or on the first without one."""
         first = tuple(x[0, ...] for x in arrays)
         variant = self._variant((), first)
-        if variant.plan is not None:
-            return len(arrays[0]), variant.repeat(arrays)
+        self._rounds_done = 0
+        if variant is not None and variant.plan is not None:
+            try:
+                return len(arrays[0]), variant.repeat(arrays)
+            finally:
+                self._rounds_done = variant.plan.rounds_done
         returned = self._find_and_run(first, {})
         return 1, _rebuilt(returned, iter([_array_of(leaf)[None] for leaf in _leaves(returned)]))
