@@ -105,10 +105,15 @@ def _look(value: Any) -> Any:
     """What a plan depends on of an argument: shape and dtype of data, anything else as it is."""
     if _is_data(value):
         return type(value) is Tensor, value.shape, value.dtype
+    return _constant(value)
+
+
+def _constant(value: Any) -> Any:
+    """A value that is part of what is recorded, as a key that tells 1 from 1.0."""
     if isinstance(value, Tensor):
         return id(value)  # which it keeps, because the variant holds it
     if isinstance(value, tuple):
-        return type(value), *(value if isinstance(v, np.ndarray | Tensor) else _look(v) for v in value)
+        return type(value), *map(_constant, value)
     if isinstance(value, float):
         return value.hex(), type(value)  # 0.0 is not -0.0, and NaN is NaN
     try:

@@ -110,6 +110,14 @@ def test_times_are_those_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row["samples"], row["calls_per_sample"]) == (9, 2)
 
 
+def test_whoever_runs_alone_has_no_yardstick_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(worker, "bind_all", lambda *arguments: ({}, {}))
+    monkeypatch.setattr(worker, "interleave", lambda calls, *more, **other: timed.extend(calls))
+    (case,) = run_task(Task("sgd-64-32-10", "alone", ["numpy"], Effort(LEAST_ROUNDS, 0.0)))
+    assert (case["products_ns"], timed) == (None, [])
+
+
 # --- ratios and tables, of figures made up ---
 
 
@@ -123,11 +131,12 @@ def case(condition: str, medians: dict[str, float], wrong: str = "") -> dict[str
             "iqr_ns": 0.0,
             "samples": 9,
             "calls_per_sample": 1,
-            "over_products": ns / 5e3,
+            "over_products": None if condition == "alone" else ns / 5e3,
         }
         for key, ns in medians.items()
     }
-    whole = {"step": "sgd-64-32-10", "condition": condition, "threads": 1, "products_ns": 5e3}
+    whole = {"step": "sgd-64-32-10", "condition": condition, "threads": 1}
+    whole["products_ns"] = None if condition == "alone" else 5e3
     return {**whole, "contenders": rows}
 
 

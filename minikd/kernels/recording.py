@@ -361,6 +361,14 @@ class Traced(np.ndarray):
         _refuse_values("int() of an array")
         return int(plain(self))
 
+    def __complex__(self) -> complex:
+        _refuse_values("complex() of an array")
+        return complex(plain(self))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        _refuse_values("round() of an array")
+        return round(plain(self)[()], digits)
+
     def __index__(self) -> int:
         _refuse_values("an array as an index")
         return int(plain(self))
