@@ -26,7 +26,7 @@ from minikd.data import Dataset, batches, load
 from minikd.errors import ArgumentError, ShapeError
 from minikd.kernels import BACKENDS, current_backend, use_backend
 from minikd.kernels.threads import blas_threads_for
-from minikd.nn import MLP, Module
+from minikd.nn import MLP, ROWS_AT_A_TIME, Module
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.optim import OPTIMIZERS, SCHEDULES
 from minikd.steps import Step, compile
@@ -569,8 +569,11 @@ class Experiment:
         """The teacher's logits of normalised inputs x; a teacher that was given gets raw features."""
         if teacher is not self._teacher:
             return _logits(teacher, x)
-        raw = self.dataset.raw(x)
-        return np.ascontiguousarray(teacher.logits(raw) if isinstance(teacher, Module) else teacher(raw), np.float32)
+        if not isinstance(teacher, Module):
+            return np.ascontiguousarray(teacher(self.dataset.raw(x)), np.float32)
+        starts = range(0, len(x), ROWS_AT_A_TIME)  # so that the raw features are never there as a whole
+        pieces = [teacher.logits(self.dataset.raw(x[k : k + ROWS_AT_A_TIME])) for k in starts]
+        return np.concatenate(pieces).astype(np.float32, copy=False)
 
     # --- one training ---
 
