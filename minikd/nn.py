@@ -278,10 +278,10 @@ class _Predictor:
 
     def __init__(self, module: Module) -> None:
         forms: dict[str, Callable[..., Any]] = {
-            "scores": lambda rows: self.module.forward(rows),
-            "logits": lambda rows: self._of_raw(rows),
-            "probabilities": lambda rows, t: F.softmax(_values(self._of_raw(rows)), temperature=t),
-            "classes": lambda rows: F.argmax(_values(self._of_raw(rows))),
+            "scores": lambda rows: _values(self.module.forward(rows)),
+            "logits": self._of_raw,
+            "probabilities": lambda rows, t: F.softmax(self._of_raw(rows), temperature=t),
+            "classes": lambda rows: F.argmax(self._of_raw(rows)),
         }
         self.module = module
         self.forms = {name: Step(form, fallback=True, differentiable=False) for name, form in forms.items()}
@@ -296,16 +296,16 @@ class _Predictor:
         if rows.dtype != self.dtype:
             rows = rows.astype(self.dtype)
         if not len(rows) and what in ("probabilities", "classes"):
-            scores = self.forms["logits"](rows).array  # the kernels of rows of classes refuse to have none
+            scores = self.forms["logits"](rows)  # the kernels of rows of classes refuse to have none
             return scores.argmax(axis=1) if what == "classes" else scores
-        found = self.forms[what](rows, *settings)
-        return traced(found.array) if isinstance(found, Tensor) else found
+        found: np.ndarray = self.forms[what](rows, *settings)
+        return found
 
     def _of_raw(self, rows: Any) -> Any:
         writing = recorder()
         if writing is not None:
             writing.guard(self, "scale")
-        return self.module.forward(rows if self.scale is None else F.standardise(rows, *self.scale))
+        return _values(self.module.forward(rows if self.scale is None else F.standardise(rows, *self.scale)))
 
     def _in_evaluation_mode(self, what: str, rows: np.ndarray, settings: Sequence[Any]) -> np.ndarray:
         """Switch off the training mode of those parts that are in it, and remember if there were none."""

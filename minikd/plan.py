@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,7 +147,8 @@ class Plan:
     results : where the results are after a run.
     calls : what is run, in order, for those who want to look (`minikd.explain`); `arrays` are the buffers of each,
         `bound` runs each, `origins` says where each storage is from.
-    parts : the same in as few calls as possible.
+    parts : the same in as few calls as possible.  start : runs once, and returns what `refuse` turns into an error if
+        it is not 0.
     memory : see `Memory`.
     rounds_done : how many runs the last `repeat` completed.
     """
@@ -184,6 +185,8 @@ class Plan:
         parameters = {recorder.place(tensor.array).storage for tensor in recorder.changed}
         changes = (k for k, c in enumerate(self.calls) if any(b.storage in parameters for b in written(c)))
         self._first_change = next(changes, len(self.calls))
+        single = self.parts[0] if len(self.parts) == 1 else None
+        self.start: Callable[[], int] = getattr(single, "start", self._run_parts)
         self.rounds_done = 0
         self.origins = _origins(recorder, self.calls, parameters)
 
@@ -201,6 +204,20 @@ class Plan:
         MinikdError : a kernel refuses what it was given, a label out of range for example; a note says whether
             parameters had changed by then.
         """
+        status = self.start()
+        if status:
+            self.refuse(status)
+
+    def refuse(self, status: int) -> None:
+        """Raise what it means that `start` returned this."""
+        only: Any = self.parts[0]
+        try:
+            only.refuse(status)
+        except Exception as error:
+            error.add_note(self._state_after(only.calls_done))
+            raise
+
+    def _run_parts(self) -> int:
         part: Any = None
         try:
             for part in self.parts:
@@ -208,6 +225,7 @@ class Plan:
         except Exception as error:
             error.add_note(self._state_after(self._stopped_in(part)))
             raise
+        return 0
 
     def repeat(self, arguments: Sequence[Any], results: Sequence[Any], rounds: int) -> None:
         """Run `rounds` times: in round r on ``argument[r]`` of each, writing each result to ``result[r]``.

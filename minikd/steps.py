@@ -252,8 +252,7 @@ class _Variant:
                 raise self.refusal
         if self.refusal is None and (before is not None or not step.confirm):
             self._make_plan(writer, returned, leaves)
-            quick = [type(value) is not Tensor and place is not None for value, place in pairs]
-            self.looks = [(p, p.shape, p.dtype) if q else (None,) * 3 for p, q in zip(self.places, quick, strict=True)]
+            self.looks = [_quick_look(value, place) for value, place in pairs]
         return _rebuilt(returned, iter([_like(leaf, _array_of(leaf)) for leaf in leaves]))
 
     def _make_plan(self, writer: Recorder, returned: Any, leaves: Sequence[Any]) -> None:
@@ -265,7 +264,8 @@ class _Variant:
         self.changed = writer.changed
         self.returned = _rebuilt(returned, iter([_empty_like(leaf) for leaf in leaves]))
         self.leaves = list(_leaves(self.returned))
-        self.single = isinstance(self.returned, Tensor)
+        array = isinstance(self.returned, np.ndarray) and self.results[0].ndim > 0
+        self.single = Tensor if isinstance(self.returned, Tensor) else np.ndarray if array else None
         self.steady = self.tape_on is None and not self.found_gradients
         self.writer, self.recorded, self.plan = None, None, plan
 
@@ -293,9 +293,13 @@ class _Variant:
         if len(args) != len(looks) or ((self.layout != LAYOUT.version or not self.steady) and not self.fits()):
             return _NO
         for value, (place, shape, dtype) in zip(args, looks, strict=False):
-            if type(value) is not ndarray or value.shape != shape or value.dtype is not dtype:
+            if place is None:
+                if value is not shape:  # which holds what the argument was
+                    return _NO
+            elif type(value) is not ndarray or value.shape != shape or value.dtype != dtype:
                 return _NO
-            place[...] = value
+            else:
+                place[...] = value
         return self.run()
 
     def fill(self, args: Sequence[Any]) -> None:
@@ -308,10 +312,16 @@ class _Variant:
         """Replay on the arguments that were filled in."""
         plan = self.plan
         assert plan is not None
-        plan.run()
-        self.take_effect(1)
+        status = plan.start()
+        if status:
+            plan.refuse(status)
+        for tensor, gradient in self.gradients:
+            tensor._grad = gradient
+        for tensor in self.changed:
+            tensor.version += 1
         if self.single:
-            return Tensor.of(self.results[0].copy())
+            array = self.results[0].copy()
+            return Tensor.of(array) if self.single is Tensor else array
         leaves = [_like(leaf, array) for leaf, array in zip(self.leaves, self.results, strict=True)]
         return _rebuilt(self.returned, iter(leaves))
 
@@ -339,6 +349,13 @@ class _Variant:
 def _same_memory(a: Any, b: Any) -> bool:
     """Whether two gradients, or their absences, are one."""
     return a is b or (a is not None and b is not None and address(a) == address(b))
+
+
+def _quick_look(value: Any, place: Any) -> tuple[Any, Any, Any]:
+    """What `try_run` compares an argument with: its place, shape and dtype, or None and the very thing that it was."""
+    if place is None:
+        return None, value, None
+    return (None, _NO, None) if type(value) is Tensor else (place, place.shape, place.dtype)
 
 
 def _handed_over(value: Any, place: Any) -> Any:

@@ -98,7 +98,7 @@ READS: dict[str, Use] = {
     "the number of steps": lambda s, x, y: s.train(F.cross_entropy(s.model(x), y) * float(s.opt.steps)),
     "the steps of dropout": lambda s, x, y: nn.Dropout(0.5).step,
     "an optimizer made inside": lambda s, x, y: kd.optim.SGD(nn.MLP([4, 3]).parameters(), 0.1),
-    "predictions": lambda s, x, y: s.model.predict(x),
+    "predictions that are read": lambda s, x, y: s.model.predict(x)[0] + 1,
     "probabilities that are read": lambda s, x, y: s.model.predict_proba(x).max(),
     "logits that are read": lambda s, x, y: s.model.logits(x) + 1,
     "a converted data set": lambda s, x, y: F.take(s.table, y) if F.take(s.ids, y) is None else None,

@@ -201,7 +201,10 @@ class NativeCall:
 
 
 class NativeSequence:
-    """Bound calls of C kernels that run one after the other, as one call."""
+    """Bound calls of C kernels that run one after the other, as one call.
+
+    `start` runs them and returns the status, for those who hand one that is not 0 to `refuse`.
+    """
 
     __slots__ = ("calls", "done", "records", "start")
 
@@ -214,7 +217,11 @@ class NativeSequence:
     def __call__(self) -> None:
         status = self.start()
         if status:
-            self.calls[self.calls_done].refuse(status)
+            self.refuse(status)
+
+    def refuse(self, status: int) -> None:
+        """Raise what the status stands for with which the last run stopped."""
+        self.calls[self.calls_done].refuse(status)
 
     def repeat(self, inputs: Sequence[tuple[Any, Any]], outputs: Sequence[tuple[Any, Any]], rounds: int) -> None:
         """Run `rounds` times, round r between copies: ``to[...] = from[r]`` of inputs, ``to[r] = from`` of outputs.
@@ -229,7 +236,7 @@ class NativeSequence:
             self.records, counts[0], before, counts[1], after, counts[2], rounds, self.done
         )
         if status:
-            self.calls[self.calls_done].refuse(status)
+            self.refuse(status)
 
     @property
     def rounds_done(self) -> int:
