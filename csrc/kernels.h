@@ -87,6 +87,14 @@ const char *minikd_level(int64_t k);
 void minikd_set_threads(int64_t n);
 int64_t minikd_threads(void);
 
+/* A function of a BLAS, under a type that is as good as any: it is called under its own. */
+typedef void minikd_gemm(void);
+
+/* Let products run in a BLAS: its sgemm and dgemm with Fortran's interface, whose integers have 32 or 64 bits. With
+ * `always` it computes every product, else those that it is faster at than our own code. Before this is called, and after
+ * a call with NULL, every product is our own. Not to be called while kernels run. */
+void minikd_use_blas(minikd_gemm *sgemm, minikd_gemm *dgemm, int integer_bits, _Bool always);
+
 /* The kernel of this name for double or float, compiled for this level; NULL if there is none. */
 minikd_kernel *minikd_find(const char *name, int is_double, const char *level);
 

@@ -147,7 +147,8 @@ def current_backend() -> str:
 
     Raises
     ------
-    BackendError : MINIKD_BACKEND, MINIKD_CPU or MINIKD_NUM_THREADS asks for something that is not to be had here.
+    BackendError : MINIKD_BACKEND, MINIKD_CPU, MINIKD_NUM_THREADS or MINIKD_PRODUCTS asks for something that is not to
+        be had here.
     """
     return _current().name
 
@@ -161,7 +162,7 @@ def _current() -> _InUse:
 def _choose_first() -> None:
     wanted = os.environ.get("MINIKD_BACKEND")
     if not wanted:
-        if os.environ.get("MINIKD_CPU") or os.environ.get("MINIKD_NUM_THREADS"):
+        if any(os.environ.get("MINIKD_" + what) for what in ("CPU", "NUM_THREADS", "PRODUCTS")):
             importlib.import_module(BACKENDS["c"].module).heed_environment()  # never silently slower than was asked for
         use_backend(next(name for name in BACKENDS if not BACKENDS[name].missing()))
         return

@@ -3,7 +3,8 @@
 Every kernel has the same entry, one struct of buffers, sizes and attributes (csrc/kernels.h), so nothing here knows any
 kernel in particular. The kernels are compiled for several levels of instructions; the best that this processor runs is
 taken, or the one that the environment variable MINIKD_CPU names. A large call is shared by as many threads as there are
-processors, or as many as MINIKD_NUM_THREADS says; its result does not depend on how many.
+processors, or as many as MINIKD_NUM_THREADS says; its result does not depend on how many. Matrix products are computed
+by code of our own, or by the BLAS of this process where that is faster or MINIKD_PRODUCTS=blas says so.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minikd.errors import ArgumentError, BackendError, bad_temperature, label_out_of_range
+from minikd.kernels import blas
 from minikd.ops import OPS, Argument, Op
 from minikd.ops.shapes import row_out_of_range
 
@@ -102,8 +104,47 @@ def _use_default_threads() -> None:
         _module.lib.minikd_set_threads(int(wanted) if wanted else len(usable_cpus()))
 
 
+PRODUCTS = ("own", "blas", "best")
+
+
+@cache
+def _use_default_products() -> None:
+    """Let matrix products be computed as MINIKD_PRODUCTS says, else by whatever is fastest: done once."""
+    wanted = os.environ.get("MINIKD_PRODUCTS", "").strip() or "best"
+    if wanted not in PRODUCTS:
+        expected = "one of " + ", ".join(PRODUCTS)
+        fix = "Unset it to take the best."
+        raise BackendError("the C backend", "MINIKD_PRODUCTS", expected=expected, got=repr(wanted), fix=fix)
+    if _module is not None:
+        try:
+            use_products(wanted)
+        except BackendError as error:
+            described = {"expected": error.expected, "got": error.got, "fix": "Unset it to take our own."}
+            raise BackendError("the C backend", "MINIKD_PRODUCTS", **described) from None
+
+
+def use_products(which: str) -> None:
+    """Let matrix products be computed by our "own" code, by "blas", or by the "best" of both; not while kernels run.
+
+    Results of our own code do not depend on the number of threads; those of BLAS may.
+
+    Raises
+    ------
+    BackendError : BLAS is asked for and none was found, or there is no C backend.
+    """
+    _needs_module("use_products")
+    ffi, lib = _module.ffi, _module.lib
+    # BLAS is slower than kernels with wide vectors, and then it need not be looked for
+    found = blas.library() if which == "blas" or (which == "best" and cpu_level() == "base") else None
+    if which == "blas" and found is None:
+        expected = "own, because no BLAS that computes correctly is loaded in this process"
+        raise BackendError("use_products", "which", expected=expected, got=repr(which))
+    gemms = [ffi.cast("minikd_gemm *", address) for address in ((found.sgemm, found.dgemm) if found else (0, 0))]
+    lib.minikd_use_blas(*gemms, found.integer_bits if found else 0, which == "blas")
+
+
 def heed_environment() -> None:
-    """Take what MINIKD_CPU and MINIKD_NUM_THREADS say.
+    """Take what MINIKD_CPU, MINIKD_NUM_THREADS and MINIKD_PRODUCTS say.
 
     Raises
     ------
@@ -111,6 +152,7 @@ def heed_environment() -> None:
     """
     cpu_level()
     _use_default_threads()
+    _use_default_products()
 
 
 def threads() -> int:
@@ -321,6 +363,7 @@ def launcher(name: str, level: str = "") -> Callable[[Sequence[Any], dict[str, A
     ffi, lib = _module.ffi, _module.lib
     chosen = (level or cpu_level()).encode()
     _use_default_threads()
+    _use_default_products()
     kernels = {(FLOAT, DOUBLE)[d]: lib.minikd_find(name.encode(), d, chosen) for d in (0, 1)}
     reals = tuple(k for k, a in enumerate(arguments) if a.kind == "real")
     letters = tuple(_places(arguments, letter) for letter in op.letters)
