@@ -7,27 +7,10 @@ python bench/kernels.py --update-readme    write the tables of the last run into
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
 from minikd.bench import add_arguments, run
-
-HERE = Path(__file__).resolve().parent
-
-
-def main() -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    add_arguments(parser)
-    parser.set_defaults(out=str(HERE / "kernels.json"))
-    options = parser.parse_args()
-    if options.update_readme == []:
-        options.update_readme = [str(HERE / "README.md")]
-        root = HERE.parent / "README.md"
-        options.update_readme += [str(root)] if root.exists() else []
-    return run(options)
-
+from minikd.bench.suite import script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script(__file__, __doc__, add_arguments, run))

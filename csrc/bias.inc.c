@@ -186,8 +186,8 @@ INLINE void forward(real (*f)(real), const minikd_call *call, int64_t first, int
     const real *x = call->buffer[1];
     const int64_t m = call->size[1], times = m ? rows_together(m, (end - first) / m) : 1, period = m * times;
     const real *b = repeat(repeated, call->buffer[2], m, times);
-    for (int64_t at = first; at < end;) {
-        const int64_t column = at % period, count = smaller(period - column, end - at);
+    for (int64_t at = first, column = first ? first % period : 0; at < end; column = 0) {
+        const int64_t count = smaller(period - column, end - at);
         real *y_row = y + at;
         const real *x_row = x + at, *b_row = b + column;
         SIMD
@@ -218,6 +218,37 @@ typedef struct {
     double *sums;         /* (bands, m); NULL if there is one band only */
 } backward_work;
 
+/* du = dy·slope(v + b), or dy·slope(v) where b is NULL */
+INLINE void backward_row(real (*slope)(real), real *du, const real *dy, const real *v, const real *b, int64_t count)
+{
+    if (b) {
+        SIMD
+        for (int64_t j = 0; j < count; j++)
+            du[j] = dy[j] * slope(v[j] + b[j]);
+    } else {
+        SIMD
+        for (int64_t j = 0; j < count; j++)
+            du[j] = dy[j] * slope(v[j]);
+    }
+}
+
+#define TOGETHER 4 /* rows that are added to the sums before these go back to memory */
+
+/* total += a row, or TOGETHER of them one after the other, `row` apart */
+static void add_each_column(double *total, const real *du, int64_t row, int64_t rows, int64_t count)
+{
+    const real *second = du + row, *third = second + row, *fourth = third + row;
+    if (rows < TOGETHER) {
+        SIMD
+        for (int64_t j = 0; j < count; j++)
+            total[j] += du[j];
+        return;
+    }
+    SIMD
+    for (int64_t j = 0; j < count; j++)
+        total[j] = total[j] + du[j] + second[j] + third[j] + fourth[j];
+}
+
 INLINE void backward_tile(real (*slope)(real), const backward_work *work, int64_t tile)
 {
     real *dx = work->call->buffer[0], *db = work->call->buffer[1];
@@ -225,32 +256,24 @@ INLINE void backward_tile(real (*slope)(real), const backward_work *work, int64_
     const int64_t n = work->call->size[0], m = work->call->size[1];
     const int64_t band = tile / work->blocks, first = tile % work->blocks * COLUMNS, columns = smaller(m - first, COLUMNS);
     const int64_t top = band * work->band, bottom = smaller(top + work->band, n), times = rows_together(m, bottom - top);
-    real unused[COLUMNS], repeated[FEW_COLUMNS * LANES];
+    real unused[TOGETHER * COLUMNS], repeated[FEW_COLUMNS * LANES];
     double total[COLUMNS];
     const real *b = repeat(repeated, work->b ? work->b + first : NULL, m, times);
-    for (int64_t j = 0; j < columns * times; j++)
+    const int64_t width = columns * times, row = m * times, end = bottom * m, du_row = dx ? row : width;
+    for (int64_t j = 0; j < width; j++)
         total[j] = 0;
-    for (int64_t at = top * m + first; at < bottom * m; at += m * times) {
-        const int64_t count = times > 1 ? smaller(m * times, bottom * m - at) : columns;
+    for (int64_t at = top * m + first, rows; at < end; at += rows * row) {
+        const int64_t count = smaller(width, end - at);
         real *du = dx ? dx + at : unused;
-        const real *dy_row = dy + at, *v_row = v + at;
-        if (b) {
-            SIMD
-            for (int64_t j = 0; j < count; j++)
-                du[j] = dy_row[j] * slope(v_row[j] + b[j]);
-        } else {
-            SIMD
-            for (int64_t j = 0; j < count; j++)
-                du[j] = dy_row[j] * slope(v_row[j]);
-        }
-        if (db) {
-            SIMD
-            for (int64_t j = 0; j < count; j++)
-                total[j] += du[j];
-        }
+        rows = at + (TOGETHER - 1) * row + width <= end ? TOGETHER : 1;
+        for (int64_t r = 0; r < rows; r++)
+            backward_row(slope, du + r * du_row, dy + at + r * row, v + at + r * row, b, count);
+        if (db)
+            add_each_column(total, du, du_row, rows, count);
     }
-    for (int64_t j = columns; j < columns * times; j++)
-        total[j % columns] += total[j];
+    for (int64_t k = 1; k < times; k++)
+        for (int64_t j = 0; j < columns; j++)
+            total[j] += total[k * columns + j];
     if (work->sums)
         memcpy(work->sums + band * m + first, total, (size_t)columns * sizeof(double));
     else if (db)

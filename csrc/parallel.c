@@ -23,10 +23,12 @@
 int64_t minikd_grain(int64_t count, double ns, int64_t multiple)
 {
     const double work = (double)count * ns, parts = work / RANGE_NS;
-    const int64_t ranges = work < WORTH_NS ? 1 : parts < MINIKD_RANGES ? (int64_t)parts : MINIKD_RANGES;
+    if (work < WORTH_NS)
+        return count > 0 ? count : 1;
+    const int64_t ranges = parts < MINIKD_RANGES ? (int64_t)parts : MINIKD_RANGES;
     const int64_t least = count / ranges + (count % ranges != 0);
     const int64_t grain = (least / multiple + (least % multiple != 0)) * multiple;
-    return grain > 0 ? grain : multiple;
+    return grain;
 }
 
 static void one_range(minikd_part *part, void *shared, int64_t first, int64_t count, int64_t grain)

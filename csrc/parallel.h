@@ -10,8 +10,8 @@ typedef void minikd_part(void *shared, int64_t first, int64_t end);
 /* The most ranges that minikd_grain cuts work into, so that a caller may keep one partial result of each in an array. */
 #define MINIKD_RANGES 64
 
-/* How many items a range gets if one of them takes `ns` nanoseconds: enough to be worth a thread, a multiple of
- * `multiple`, and everything if the work is too little to be shared. It depends on nothing else. */
+/* How many items a range gets if one of them takes `ns` nanoseconds: all, at least 1, if the work is too little to be
+ * shared, else enough to be worth a thread and a multiple of `multiple`. It depends on nothing else. */
 int64_t minikd_grain(int64_t count, double ns, int64_t multiple);
 
 /* Run `part` over [0, grain), [grain, 2·grain), … up to count, each once, in any order, and wait until all are done.

@@ -16,10 +16,14 @@
 
 /* Nanoseconds of a multiply-add at its best: 32 a cycle in float at 3.7 GHz. */
 #define MULTIPLY_NS (0.017 / 4 * sizeof(real))
+#define DOT_NS (0.05 / 4 * sizeof(real)) /* the same where it waits for w out of the third cache */
 
 #define DEPTH 400 /* most steps of a block: a panel of them stays in the second cache beside the rows that meet it */
 #define BAND 256  /* most rows that meet a panel before the next is made */
-#define FEW_TILES 2 /* up to so many tiles of rows, copying a panel costs more than reading b where it lies */
+
+/* Where b is read fewer times than this, or is no larger than that many bytes, a copy of it costs more than it saves. */
+#define FEW_TILES 3
+#define SMALL_BYTES 16384
 
 /* A matrix as a product reads it: element (i, j) is at i·row + j·column, and one of the two is 1. */
 typedef struct {
@@ -27,24 +31,40 @@ typedef struct {
     int64_t row, column;
 } matrix;
 
+/* A number of rows, columns or steps that is cut into `count` parts, as equal as can be: the first `longer` parts are
+ * one longer than the others. */
+typedef struct {
+    int64_t count, length, longer;
+} parts;
+
+static parts cut(int64_t total, int64_t most)
+{
+    parts p = {1, total, 0};
+    if (total > most) {
+        p.count = (total + most - 1) / most;
+        p.length = total / p.count;
+        p.longer = total % p.count;
+    }
+    return p;
+}
+
+static int64_t length_of(parts p, int64_t k)
+{
+    return p.length + (k < p.longer);
+}
+
+static int64_t start_of(parts p, int64_t k)
+{
+    return p.length * k + smaller(p.longer, k);
+}
+
 /* c(rows, columns) = a(rows, depth)·b(depth, columns); rows of c are columns long. */
 typedef struct {
     real *c;
     matrix a, b;
     int64_t rows, columns, depth;
-    int64_t bands, panels; /* into which rows and columns are cut */
+    parts bands, panels; /* of the rows; of the columns' vectors */
 } product;
-
-/* Where part k begins if `total` is cut into `parts` as equal as can be. */
-static int64_t cut(int64_t total, int64_t parts, int64_t k)
-{
-    return total / parts * k + smaller(total % parts, k);
-}
-
-static int64_t parts_of(int64_t total, int64_t most)
-{
-    return (total + most - 1) / most;
-}
 
 /* --- a tile --- */
 
@@ -166,27 +186,27 @@ static void compute_panel(const product *work, int64_t band, int64_t panel)
 {
     real copy[DEPTH * VECTORS * PER_VECTOR] ALIGNED;
     const matrix *a = &work->a, *b = &work->b;
-    const int64_t all = parts_of(work->columns, PER_VECTOR), blocks = parts_of(work->depth, DEPTH);
-    const int64_t vector_first = cut(all, work->panels, panel), first = vector_first * PER_VECTOR;
-    const int64_t vectors = cut(all, work->panels, panel + 1) - vector_first;
+    const int64_t first = start_of(work->panels, panel) * PER_VECTOR, vectors = length_of(work->panels, panel);
     const int64_t last = smaller(work->columns - first, vectors * PER_VECTOR) - (vectors - 1) * PER_VECTOR;
-    const int64_t top = cut(work->rows, work->bands, band), bottom = cut(work->rows, work->bands, band + 1);
-    const int64_t tiles = parts_of(bottom - top, ROWS);
-    const int copied = b->column != 1 || last != PER_VECTOR || tiles > FEW_TILES;
-    for (int64_t block = 0; block < blocks; block++) {
-        const int64_t p = cut(work->depth, blocks, block), depth = cut(work->depth, blocks, block + 1) - p;
+    const int64_t top = start_of(work->bands, band);
+    const parts tiles = cut(length_of(work->bands, band), ROWS), blocks = cut(work->depth, DEPTH);
+    const int small = tiles.count < FEW_TILES || work->depth * b->row * (int64_t)sizeof(real) <= SMALL_BYTES;
+    const int copied = b->column != 1 || last != PER_VECTOR || !small;
+    for (int64_t block = 0; block < blocks.count; block++) {
+        const int64_t p = start_of(blocks, block), depth = length_of(blocks, block);
         const real *from = b->at + p * b->row + first * b->column;
-        tile t = {NULL, NULL, from, work->columns, a->row, a->column, b->row, depth, last, block > 0};
+        tile t = {work->c + top * work->columns + first, a->at + top * a->row + p * a->column, from,
+                  work->columns, a->row, a->column, b->row, depth, last, block > 0};
         if (copied) {
             copy_panel(copy, b, from, depth, vectors, last);
             t.b = copy;
             t.b_step = vectors * PER_VECTOR;
         }
-        for (int64_t k = 0; k < tiles; k++) {
-            const int64_t i = top + cut(bottom - top, tiles, k), end = top + cut(bottom - top, tiles, k + 1);
-            t.a = a->at + i * a->row + p * a->column;
-            t.c = work->c + i * work->columns + first;
-            compute_tile(&t, end - i, vectors);
+        for (int64_t k = 0; k < tiles.count; k++) {
+            const int64_t rows = length_of(tiles, k);
+            compute_tile(&t, rows, vectors);
+            t.c += rows * t.c_row;
+            t.a += rows * t.a_row;
         }
     }
 }
@@ -195,19 +215,104 @@ static void product_part(void *shared, int64_t first, int64_t end)
 {
     const product *work = shared;
     for (int64_t k = first; k < end; k++)
-        compute_panel(work, k / work->panels, k % work->panels);
+        compute_panel(work, k / work->panels.count, k % work->panels.count);
 }
 
-/* c = a·b */
+/* --- few rows with wᵀ: inner products of rows as they lie --- */
+
+/* Copying a panel of wᵀ costs as much as the multiplications of some rows. Up to this many, each element is instead the
+ * sum over LANES partial sums, of every LANES-th product each, which are added up as a tree. */
+#define FEW_ROWS 4
+
+/* Rows of w that meet a row of x at a time: as many as the registers hold sums for, up to 4, which hide the latency. */
+enum { DOTS = ROWS * VECTORS * PER_VECTOR >= 4 * LANES ? 4 : ROWS * VECTORS * PER_VECTOR >= 2 * LANES ? 2 : 1 };
+
+/* sums[r] = the LANES partial sums of row r of w times x, for `rows` rows of `depth` numbers */
+INLINE void add_products(real *sums, const real *x, const real *w, int64_t depth, int rows)
+{
+    enum { STEP = LANES / PER_VECTOR };
+    vector sum[DOTS][STEP];
+    const int64_t whole = depth - depth % LANES, rest = depth - whole;
+    UNROLL
+    for (int r = 0; r < rows; r++)
+        UNROLL
+        for (int v = 0; v < STEP; v++)
+            sum[r][v] = spread(0);
+    for (int64_t p = 0; p < whole; p += LANES)
+        UNROLL
+        for (int v = 0; v < STEP; v++) {
+            const vector xv = load(x + p + v * PER_VECTOR);
+            UNROLL
+            for (int r = 0; r < rows; r++)
+                sum[r][v] = multiply_add(xv, load(w + r * depth + p + v * PER_VECTOR), sum[r][v]);
+        }
+    for (int v = 0; v < STEP && v * PER_VECTOR < rest; v++) {
+        const int64_t p = whole + v * PER_VECTOR, count = smaller(depth - p, PER_VECTOR);
+        const vector xv = load_first(x + p, count);
+        UNROLL
+        for (int r = 0; r < rows; r++)
+            sum[r][v] = multiply_add(xv, load_first(w + r * depth + p, count), sum[r][v]);
+    }
+    UNROLL
+    for (int r = 0; r < rows; r++)
+        UNROLL
+        for (int v = 0; v < STEP; v++)
+            store(sums + r * LANES + v * PER_VECTOR, sum[r][v]);
+}
+
+/* The sums of each row's lanes, for LANES rows */
+static void across_rows(real *sums)
+{
+    real lane[LANES * LANES] ALIGNED;
+    transpose(lane, LANES, sums, LANES, LANES, LANES);
+    for (int width = LANES / 2; width > 0; width /= 2) {
+        SIMD
+        for (int l = 0; l < width * LANES; l++)
+            lane[l] += lane[l + width * LANES];
+    }
+    memcpy(sums, lane, LANES * sizeof(real));
+}
+
+/* LANES columns of c at a time, by as many rows of w */
+static void dots_part(void *shared, int64_t first, int64_t end)
+{
+    const product *work = shared;
+    const int64_t depth = work->depth;
+    for (int64_t j = first * LANES; j < smaller(end * LANES, work->columns); j += LANES) {
+        const int64_t count = smaller(work->columns - j, LANES);
+        const real *w = work->b.at + j * depth;
+        for (int64_t i = 0; i < work->rows; i++) {
+            const real *x = work->a.at + i * depth;
+            real sums[LANES * LANES] ALIGNED;
+            int64_t r = 0;
+            fill(sums + count * LANES, (LANES - count) * LANES, 0);
+            for (; r + DOTS <= count; r += DOTS)
+                add_products(sums + r * LANES, x, w + r * depth, depth, DOTS);
+            for (; r < count; r++)
+                add_products(sums + r * LANES, x, w + r * depth, depth, 1);
+            across_rows(sums);
+            memcpy(work->c + i * work->columns + j, sums, (size_t)count * sizeof(real));
+        }
+    }
+}
+
+/* --- c = a·b --- */
+
 static void multiply(real *c, matrix a, matrix b, int64_t rows, int64_t columns, int64_t depth)
 {
-    product work = {c, a, b, rows, columns, depth, parts_of(rows, BAND), parts_of(columns, VECTORS * PER_VECTOR)};
+    const int64_t vectors = (columns + PER_VECTOR - 1) / PER_VECTOR;
+    product work = {c, a, b, rows, columns, depth, cut(rows, BAND), cut(vectors, VECTORS)};
     if (depth == 0)
         fill(c, rows * columns, 0);
     if (rows == 0 || columns == 0 || depth == 0)
         return;
-    const int64_t items = work.bands * work.panels;
-    const double ns = MULTIPLY_NS * (double)depth * (double)rows * (double)columns / (double)items;
+    if (rows <= FEW_ROWS && a.column == 1 && b.row == 1 && b.column == depth) {
+        const int64_t groups = (columns + LANES - 1) / LANES;
+        minikd_parallel(dots_part, &work, groups, minikd_grain(groups, DOT_NS * (double)(LANES * depth * rows), 1));
+        return;
+    }
+    const int64_t items = work.bands.count * work.panels.count;
+    const double ns = MULTIPLY_NS * (double)depth * (double)length_of(work.bands, 0) * (VECTORS * PER_VECTOR);
     minikd_parallel(product_part, &work, items, minikd_grain(items, ns, 1));
 }
 

@@ -372,6 +372,49 @@ INLINE void transpose_block(real *to, int64_t to_stride, const real *from, int64
     store_side(to + 3 * to_stride, __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7));
 #endif
 }
+
+#ifdef __AVX__
+#define TWO_BLOCKS
+
+typedef real two_sides __attribute__((vector_size(32)));
+
+INLINE two_sides load_two_sides(const real *x, int64_t apart)
+{
+    const side_by_side a = load_side(x), b = load_side(x + apart);
+#ifdef MINIKD_DOUBLE
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3);
+#else
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+#endif
+}
+
+INLINE void store_two_sides(real *x, two_sides v)
+{
+    memcpy(x, &v, sizeof v);
+}
+
+/* The same for 2·SIDE rows: two blocks, one below the other, in the two halves of longer vectors */
+INLINE void transpose_two_blocks(real *to, int64_t to_stride, const real *from, int64_t from_stride)
+{
+    const int64_t apart = SIDE * from_stride;
+#ifdef MINIKD_DOUBLE
+    const two_sides a = load_two_sides(from, apart), b = load_two_sides(from + from_stride, apart);
+    store_two_sides(to, __builtin_shufflevector(a, b, 0, 4, 2, 6));
+    store_two_sides(to + to_stride, __builtin_shufflevector(a, b, 1, 5, 3, 7));
+#else
+    const two_sides a = load_two_sides(from, apart), b = load_two_sides(from + from_stride, apart);
+    const two_sides c = load_two_sides(from + 2 * from_stride, apart), d = load_two_sides(from + 3 * from_stride, apart);
+    const two_sides ab_low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+    const two_sides ab_high = __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+    const two_sides cd_low = __builtin_shufflevector(c, d, 0, 8, 1, 9, 4, 12, 5, 13);
+    const two_sides cd_high = __builtin_shufflevector(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
+    store_two_sides(to, __builtin_shufflevector(ab_low, cd_low, 0, 1, 8, 9, 4, 5, 12, 13));
+    store_two_sides(to + to_stride, __builtin_shufflevector(ab_low, cd_low, 2, 3, 10, 11, 6, 7, 14, 15));
+    store_two_sides(to + 2 * to_stride, __builtin_shufflevector(ab_high, cd_high, 0, 1, 8, 9, 4, 5, 12, 13));
+    store_two_sides(to + 3 * to_stride, __builtin_shufflevector(ab_high, cd_high, 2, 3, 10, 11, 6, 7, 14, 15));
+#endif
+}
+#endif
 #endif
 #endif
 #ifndef SIDE
@@ -393,7 +436,15 @@ static void transpose(real *to, int64_t to_stride, const real *from, int64_t fro
                 to[j * to_stride + l] = from[l * from_stride + j];
         return;
     }
-    for (int64_t l = 0; l < rows; l += SIDE) {
+    int64_t l = 0;
+#ifdef TWO_BLOCKS
+    for (; l + 2 * SIDE <= rows; l += 2 * SIDE)
+        for (int64_t j = 0; j < columns; j += SIDE) {
+            const int64_t column = smaller(j, columns - SIDE);
+            transpose_two_blocks(to + column * to_stride + l, to_stride, from + l * from_stride + column, from_stride);
+        }
+#endif
+    for (; l < rows; l += SIDE) {
         const int64_t row = smaller(l, rows - SIDE);
         for (int64_t j = 0; j < columns; j += SIDE) {
             const int64_t column = smaller(j, columns - SIDE);

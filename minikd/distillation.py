@@ -767,11 +767,7 @@ def parameters_of(sizes: Sequence[int]) -> int:
 
 def _logits(model: Any, x: np.ndarray) -> np.ndarray:
     """The model's logits of inputs that are normalised already."""
-    normalisation, model.normalisation = model.normalisation, None
-    try:
-        return model.logits(x)
-    finally:
-        model.normalisation = normalisation
+    return model.logits(x, normalised=True)
 
 
 # --- the function ---

@@ -41,6 +41,7 @@ __all__ = [
     "relu",
     "sigmoid",
     "softmax",
+    "standardise",
     "take",
     "take_scaled",
     "tanh",
@@ -730,6 +731,11 @@ def _for_columns(value: Any, columns: tuple[int, ...]) -> Any:
     if isinstance(value, np.ndarray):
         refuse("a number in an array", "Give take_scaled Python numbers, or arrays with a number for each column.")
     return note_constant(np.full(columns, plain(value), np.float32))
+
+
+def standardise(x: Any, mean: Any, deviation: Any) -> Any:
+    """(x - mean) / deviation for features x (n, m) of m columns; no gradient flows through it."""
+    return evaluate(OPS["standardise"], [x, mean, deviation], {})[0][0]
 
 
 def concatenate(tensors: Sequence[Any], axis: int = 0) -> Any:

@@ -240,70 +240,112 @@ class Module:
 
     # --- use ---
 
-    def logits(self, x: Any) -> np.ndarray:
-        """Raw scores (n, c) of raw features x (n, k) or (k,): normalised first, without dropout or gradients."""
+    def logits(self, x: Any, *, normalised: bool = False) -> np.ndarray:
+        """Raw scores (n, c) of raw features x (n, k) or (k,): normalised first, without dropout or gradients.
+
+        `normalised` says that x is on the network's own scale already.
+        """
+        return self._predicted("scores" if normalised else "logits", x)
+
+    def predict_proba(self, x: Any, temperature: float = 1.0) -> np.ndarray:
+        """Class probabilities (n, c) of raw features x (n, k)."""
+        return self._predicted("probabilities", x, temperature)
+
+    def predict(self, x: Any) -> np.ndarray:
+        """The most probable class id of each row of raw features x (n, k)."""
+        return self._predicted("classes", x)
+
+    def _predicted(self, what: str, x: Any, *settings: Any) -> np.ndarray:
+        """`_Predictor.forms[what]` of x, in pieces of ROWS_AT_A_TIME rows."""
         predictor = self._predictor
         if predictor is None:
             predictor = _Predictor(self)
             object.__setattr__(self, "_predictor", predictor)
         if type(x) is np.ndarray and x.ndim == 2 and 0 < len(x) <= ROWS_AT_A_TIME and x.dtype in FLOATS:
-            return predictor(x)
+            return predictor(what, x, settings)
         array = as_real("logits", "x", x.array if isinstance(x, Tensor) else x)
         rows = array[None] if array.ndim == 1 else array.reshape(len(array), math.prod(array.shape[1:]))
-        pieces = [predictor(rows[k : k + ROWS_AT_A_TIME]) for k in range(0, max(len(rows), 1), ROWS_AT_A_TIME)]
-        if len(pieces) > 1:
-            refuse("logits of so many rows", f"Give at most {ROWS_AT_A_TIME} at a time, or call the model on a tensor.")
-        scores = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        return scores[0] if array.ndim == 1 else scores
+        starts = range(0, max(len(rows), 1), ROWS_AT_A_TIME)
+        pieces = [predictor(what, rows[k : k + ROWS_AT_A_TIME], settings) for k in starts]
+        found = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return found[0] if array.ndim == 1 else found
 
-    def predict_proba(self, x: Any, temperature: float = 1.0) -> np.ndarray:
-        """Class probabilities (n, c) of raw features x (n, k)."""
-        scores = self.logits(x)
-        return F.softmax(scores, temperature=temperature) if scores.size else scores
 
-    def predict(self, x: Any) -> np.ndarray:
-        """The most probable class id of each row of raw features x (n, k)."""
-        return self.logits(x).argmax(axis=-1)
+# Kinds of attributes that a plan depends on, beside None: another value makes another plan.
+_GUARDED = Module | Tensor | np.ndarray | tuple | bool | int | float | str
 
 
 class _Predictor:
-    """A module in use: its logits of raw features, without dropout or gradients, by a plan for each number of rows."""
+    """A module in use, without dropout or gradients, by plans for each number of rows that comes twice."""
 
     def __init__(self, module: Module) -> None:
+        forms: dict[str, Callable[..., Any]] = {
+            "scores": self._scores,
+            "logits": lambda rows: self._of_raw(rows),
+            "probabilities": lambda rows, t: F.softmax(_values(self._of_raw(rows)), temperature=t),
+            "classes": lambda rows: F.argmax(_values(self._of_raw(rows))),
+        }
         self.module = module
-        self.step = Step(module.forward, fallback=True, differentiable=False)
+        self.forms = {name: Step(form, fallback=True, differentiable=False) for name, form in forms.items()}
         self.version = -1  # of LAYOUT, when all parts were last seen in evaluation mode
         self.dtype: Any = None
+        self.scale: tuple[Any, ...] | None = None  # mean and deviation of the features in this dtype
+        self._scale_of: Any = None
 
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        module = self.module
-        if module.normalisation is not None:
-            rows = module.normalisation.apply(rows)
+    def __call__(self, what: str, rows: np.ndarray, settings: Sequence[Any]) -> np.ndarray:
         if self.version != LAYOUT.version:
-            return self._in_evaluation_mode(rows)
-        return self._scores(rows)
+            return self._in_evaluation_mode(what, rows, settings)
+        if rows.dtype != self.dtype:
+            rows = rows.astype(self.dtype)
+        if not len(rows) and what in ("probabilities", "classes"):
+            scores = self.forms["logits"](rows).array  # the kernels of rows of classes refuse to have none
+            return scores.argmax(axis=1) if what == "classes" else scores
+        found = self.forms[what](rows, *settings)
+        return traced(found.array if isinstance(found, Tensor) else found)
 
-    def _scores(self, rows: np.ndarray) -> np.ndarray:
-        scores = self.step(rows if rows.dtype == self.dtype else rows.astype(self.dtype))
-        return traced(scores.array if isinstance(scores, Tensor) else scores)
+    def _of_raw(self, rows: Any) -> Any:
+        writing = recorder()
+        if writing is not None:
+            writing.guard(self, "scale")
+            writing.guard(self.module, "normalisation")
+        return self._scores(rows if self.scale is None else F.standardise(rows, *self.scale))
 
-    def _in_evaluation_mode(self, rows: np.ndarray) -> np.ndarray:
+    def _scores(self, rows: Any) -> Any:
+        writing = recorder()
+        if writing is not None:
+            self.module._guard_parts(writing)
+        return self.module.forward(rows)
+
+    def _in_evaluation_mode(self, what: str, rows: np.ndarray, settings: Sequence[Any]) -> np.ndarray:
         """Switch off the training mode of those parts that are in it, and remember if there were none."""
-        parameters, modules = self.module.parameters(), [m for _, m in self.module.named_modules()]
-        self.dtype = parameters[0].dtype if parameters else rows.dtype
+        module = self.module
+        parameters, modules = module.parameters(), [m for _, m in module.named_modules()]
+        dtype = parameters[0].dtype if parameters else rows.dtype
+        if self._scale_of is not module.normalisation or self.dtype != dtype:
+            self._scale_of, self.dtype, given = module.normalisation, dtype, module.normalisation
+            columns = rows.shape[1]
+            vectors = () if given is None else (given.mean, given.deviation)
+            self.scale = tuple(_for_columns(v, columns, dtype) for v in vectors) or None
         training = [m for m in modules if m.training]
-        self.version = -1 if training else LAYOUT.version
         try:
             for m in training:
                 m.training = False
-            return self._scores(rows)
+            self.version = LAYOUT.version
+            return self(what, rows, settings)
         finally:
             for m in training:
                 m.training = True
 
 
-# Kinds of attributes that a plan depends on: another one makes another plan.
-_GUARDED = Module | Tensor | np.ndarray | tuple | bool | int | float | str
+def _values(scores: Any) -> Any:
+    """What a forward function returned, as an array."""
+    return traced(scores.array) if isinstance(scores, Tensor) else scores
+
+
+def _for_columns(values: Any, columns: int, dtype: Any) -> np.ndarray:
+    """A number for each column, of this dtype; a single number is for all of them."""
+    array = np.ascontiguousarray(values, dtype)
+    return np.full(columns, array.item()).astype(dtype) if array.size == 1 else array
 
 
 class Linear(Module):

@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from minikd.bench.cases import KERNELS, Inputs, Kernel
+from minikd.bench.cases import KERNELS, Inputs
 from minikd.kernels import BACKENDS
 
 
@@ -19,10 +19,12 @@ class Bound(NamedTuple):
     """A contender that has taken its inputs.
 
     `call` takes no arguments; all that is timed is this one call. `read` makes NumPy arrays, by name, of its result.
+    `steps` is how often one call does what is measured; its time is divided by that.
     """
 
     call: Callable[[], Any]
     read: Callable[[Any], dict[str, Any]]
+    steps: int = 1
 
 
 class Contender(NamedTuple):
@@ -39,7 +41,7 @@ class Contender(NamedTuple):
     install: str
     kernels: frozenset[str]
 
-    def bind(self, kernel: Kernel, inputs: Inputs) -> Bound:
+    def bind(self, kernel: Any, inputs: Inputs) -> Bound:
         """Import the module, hand it the inputs, and do all that is done once."""
         bound: Bound = importlib.import_module(self.module).make(self.form, kernel, inputs)
         return bound

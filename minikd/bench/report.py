@@ -24,11 +24,11 @@ The report is one JSON object:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from minikd.bench.cases import KERNELS
-from minikd.bench.contenders import CONTENDERS, PEERS
+from minikd.bench.contenders import CONTENDERS, PEERS, Contender
 from minikd.bench.worker import CONDITIONS
 from minikd.report.table import NOTHING, Table
 
@@ -48,7 +48,7 @@ def ratios(cases: Sequence[Report]) -> list[dict[str, Any]]:
         best = fastest_peer(c for c in related if not CONDITIONS[c["condition"]].tuned)
         tuned = [c for c in related if CONDITIONS[c["condition"]].tuned]
         for key, row in main["contenders"].items():
-            if not CONTENDERS[key].ours or not _ranked(row) or same is None or best is None:
+            if not CONTENDERS[key].ours or not ranked(row) or same is None or best is None:
                 continue
             entry = {name: main[name] for name in ("kernel", "shape", "condition", "threads")} | {"contender": key}
             entry |= {"same": same[0] / row["median_ns"], "same_peer": same[1]}
@@ -61,7 +61,7 @@ def ratios(cases: Sequence[Report]) -> list[dict[str, Any]]:
 def ratio_in(case: Report, key: str) -> float | None:
     """Time of the case's fastest peer over that of this contender of ours."""
     row, best = case["contenders"].get(key, {}), fastest_peer([case])
-    if best is None or not CONTENDERS[key].ours or not _ranked(row):
+    if best is None or not CONTENDERS[key].ours or not ranked(row):
         return None
     return float(best[0] / row["median_ns"])
 
@@ -81,19 +81,25 @@ def main_cases(cases: Sequence[Report]) -> list[Report]:
     return sorted(chosen.values(), key=place)
 
 
-def _ranked(row: Mapping[str, Any]) -> bool:
+def ranked(row: Mapping[str, Any]) -> bool:
+    """Whether a contender was measured and computed what it should."""
     return "median_ns" in row and not row["wrong"]
 
 
-def fastest_peer(cases: Iterable[Report]) -> tuple[float, str, str] | None:
-    """Median nanoseconds, name and condition of the fastest peer that is not wrong."""
+def fastest(cases: Iterable[Report], keys: Collection[str]) -> tuple[float, str, str] | None:
+    """Median nanoseconds, name and condition of the fastest of these contenders that is not wrong."""
     times = [
         (row["median_ns"], key, case["condition"])
         for case in cases
         for key, row in case["contenders"].items()
-        if key in PEERS and _ranked(row)
+        if key in keys and ranked(row)
     ]
     return min(times, default=None)
+
+
+def fastest_peer(cases: Iterable[Report]) -> tuple[float, str, str] | None:
+    """Median nanoseconds, name and condition of the fastest peer that is not wrong."""
+    return fastest(cases, PEERS)
 
 
 # --- on the terminal ---
@@ -158,11 +164,12 @@ def _row(key: str, row: Mapping[str, Any], ratio: float | None) -> tuple[str, ..
 def errors_text(errors: Mapping[str, float | None]) -> str:
     """The largest error of the outputs, and beside it that of the loss where there is one."""
     numbers = {name: math.inf if e is None else e for name, e in errors.items()}
-    loss = f", loss {_power(numbers.pop('loss'))}" if "loss" in numbers else ""
-    return _power(max(numbers.values())) + loss
+    loss = f", loss {power(numbers.pop('loss'))}" if "loss" in numbers else ""
+    return power(max(numbers.values())) + loss
 
 
-def _power(error: float) -> str:
+def power(error: float) -> str:
+    """An error as a power of ten with one digit before it."""
     return f"{error:.0e}" if math.isfinite(error) else "not finite"
 
 
@@ -183,7 +190,7 @@ def by(shape: Sequence[int]) -> str:
 def markdown(report: Report, kernels: Sequence[str] = ()) -> str:
     """The machine, how it was measured, and the tables of each kernel (or of those named)."""
     mains = main_cases(report["cases"])
-    parts = [machine_text(report)]
+    parts = [machine_text(report, memory=_memory_text(mains))]
     for kernel in dict.fromkeys(case["kernel"] for case in mains):
         if not kernels or kernel in kernels:
             cases = [case for case in mains if case["kernel"] == kernel]
@@ -191,20 +198,25 @@ def markdown(report: Report, kernels: Sequence[str] = ()) -> str:
     return "\n\n".join(parts)
 
 
-def machine_text(report: Report) -> str:
-    """Processor, BLAS, versions and bandwidth in a paragraph."""
+def _memory_text(cases: Sequence[Report]) -> str:
+    """The bandwidth of the memory, of the first case that has it."""
+    memory: dict[str, Any] = next((case["memory"] for case in cases if case["memory"]), {})
+    speeds = ", ".join(f"{pattern} {speed / 1e9:.1f}" for pattern, speed in memory.items())
+    return f"Memory in GB/s: {speeds}." if speeds else ""
+
+
+def machine_text(report: Report, contenders: Mapping[str, Contender] = CONTENDERS, memory: str = "") -> str:
+    """Processor, BLAS, versions, conditions and what else was said of the machine, in a paragraph."""
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     level = f", C kernels for {machine['cpu_level']}" if machine["cpu_level"] else ""
-    memory: dict[str, Any] = next((c["memory"] for c in main_cases(report["cases"]) if c["memory"]), {})
-    speeds = ", ".join(f"{pattern} {speed / 1e9:.1f}" for pattern, speed in memory.items())
     conditions = "; ".join(CONDITIONS[c].label for c in dict.fromkeys(case["condition"] for case in report["cases"]))
     sentences = [
         f"{machine['cpu']}, {machine['cores']} cores{level}; {machine['system']}, Python {machine['python']}.",
         f"BLAS: {machine['blas']}. {versions}.",
-        f"Memory in GB/s: {speeds}." if speeds else "",
-        f"Conditions: {conditions}.",
-        *(f"Not measured: {CONTENDERS[key].label} ({reason})." for key, reason in report["missing"].items()),
+        memory,
+        f"Conditions: {conditions}." if conditions else "",
+        *(f"Not measured: {contenders[key].label} ({reason})." for key, reason in report["missing"].items()),
     ]
     return " ".join(filter(None, sentences))
 
@@ -213,8 +225,8 @@ def times_table(cases: Sequence[Report]) -> str:
     """Rows are shapes, columns contenders; a cell is median microseconds with the largest error behind it."""
     keys = [key for key in CONTENDERS if any(key in case["contenders"] for case in cases)]
     heads = ["µs (error)", *(CONTENDERS[key].label for key in keys)]
-    rows = [[by(case["shape"]), *(_cell(case["contenders"].get(key)) for key in keys)] for case in cases]
-    return _markdown_table(heads, rows)
+    rows = [[by(case["shape"]), *(time_cell(case["contenders"].get(key)) for key in keys)] for case in cases]
+    return markdown_table(heads, rows)
 
 
 def ratios_table(report: Report, cases: Sequence[Report]) -> str:
@@ -233,10 +245,11 @@ def ratios_table(report: Report, cases: Sequence[Report]) -> str:
         cells += [f"{here[key]['same']:.1f} · {here[key]['best']:.1f}" if key in here else NOTHING for key in own]
         cells += _peers_cells(first) + ([_number(first, "tuned")] if tuned else [])
         rows.append(cells + _limit_cells(case["contenders"].get(first["contender"]) if first else None))
-    return _markdown_table(heads, rows)
+    return markdown_table(heads, rows)
 
 
-def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column stands to the left and all others to the right."""
     return "\n".join(map(_line, [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]))
 
 
@@ -244,7 +257,8 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
+def time_cell(row: Mapping[str, Any] | None) -> str:
+    """Median microseconds with the largest error behind them, or why there are none."""
     if row is None:
         return NOTHING
     if "failed" in row:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import numpy as np
 
 import minikd
 from minikd.bench.cases import KERNELS, Inputs, Kernel, shape_text
-from minikd.bench.contenders import CONTENDERS, Bound
+from minikd.bench.contenders import CONTENDERS, Bound, Contender
 from minikd.bench.machine import LARGEST, patterns
 from minikd.bench.measure import Effort, Timing, interleave
 from minikd.kernels.native import usable_cpus
@@ -103,14 +103,14 @@ class WorkerFailed(Exception):
     """The process died; the text is the end of what it wrote."""
 
 
-def spawn(task: Task) -> list[dict[str, Any]]:
-    """Run the task in a process of its own and return its cases."""
+def spawn(task: Any, module: str = "minikd.bench.worker") -> list[dict[str, Any]]:
+    """Run the task in a process of its own, by the module's `main`, and return its cases."""
     condition = CONDITIONS[task.condition]
     with tempfile.TemporaryDirectory(prefix="minikd-bench-") as folder:
         result = Path(folder, "result.json")
         with _pinned(condition.processors()):
             process = subprocess.Popen(
-                [sys.executable, "-c", "from minikd.bench.worker import main; main()", str(result)],
+                [sys.executable, "-c", f"from {module} import main; main()", str(result)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -188,20 +188,25 @@ def _case(task: Task, kernel: Kernel, shape: Shape, threads: int, memory: dict[s
 
 
 def bind_all(
-    keys: Sequence[str], kernel: Kernel, inputs: Inputs, expected: dict[str, np.ndarray]
+    keys: Sequence[str],
+    kernel: Any,
+    inputs: Inputs,
+    expected: dict[str, np.ndarray],
+    contenders: Mapping[str, Contender] = CONTENDERS,
+    tolerance: float = WRONG,
 ) -> tuple[dict[str, Bound], dict[str, dict[str, Any]]]:
     """Bind the contenders and call each once: those that can be timed, and for each its errors or why it failed."""
     bound: dict[str, Bound] = {}
     rows: dict[str, dict[str, Any]] = {}
     for key in keys:
         try:
-            contender = CONTENDERS[key].bind(kernel, inputs)
+            contender = contenders[key].bind(kernel, inputs)
             errors = kernel.errors(contender.read(contender.call()), expected, inputs)
         except Exception as problem:  # a peer may fail in any way of its own; it is named and left out
             words = str(problem).strip().splitlines() or [""]
             rows[key] = {"failed": f"{type(problem).__name__}: {words[0]}"[:300]}
             continue
-        wrong = max(errors.values()) > WRONG
+        wrong = max(errors.values()) > tolerance
         rows[key] = {"errors": {o: e if np.isfinite(e) else None for o, e in errors.items()}, "wrong": bool(wrong)}
         bound[key] = contender
     return bound, rows
@@ -234,12 +239,17 @@ def reference(kernel: Kernel, shape: Shape, inputs: Inputs, folder: Path) -> dic
         return {name: stored[name] for name in stored.files}
 
 
-def main() -> None:
-    """Read a task from stdin, and write its cases to the file that is the only argument."""
+def serve(kind: Callable[..., Any], run: Callable[[Any], list[dict[str, Any]]]) -> None:
+    """Read a task of this kind from stdin, and write its cases to the file that is the only argument."""
     warnings.simplefilter("ignore")  # of the peers; what matters of them is an error
     told = json.load(sys.stdin)
-    task = Task(**{**told, "effort": Effort(*told["effort"])})
-    Path(sys.argv[1]).write_text(json.dumps(run_task(task)))
+    task = kind(**{**told, "effort": Effort(*told["effort"])})
+    Path(sys.argv[1]).write_text(json.dumps(run(task)))
+
+
+def main() -> None:
+    """Measure a task of kernels."""
+    serve(Task, run_task)
 
 
 if __name__ == "__main__":

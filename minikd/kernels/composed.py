@@ -137,7 +137,7 @@ def _layer(activation: str) -> dict[str, Callable[..., None]]:
 
     def vjp(run: Run, dx: Any, dw: Any, db: Any, dy: Any, y: Any, *others: Any) -> None:
         *saved, x, w, b = others
-        du = None if dx is None and dw is None else np.empty_like(dy)
+        du: Any = None if dx is None and dw is None else np.empty_like(dy)
         run(bias + "_vjp", du, db, dy, y, saved[0] if keeps else None, b if keeps else None)
         if dx is not None:
             np.matmul(du, w, out=dx)
