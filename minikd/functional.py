@@ -11,6 +11,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from minikd import tensor
 from minikd.errors import ArgumentError, ShapeError, bad_temperature
 from minikd.kernels import as_real, evaluate, recall
-from minikd.kernels.recording import Traced, note_constant, plain, recorder, refuse, traced
+from minikd.kernels.recording import Traced, note_check, note_constant, plain, recorder, refuse, traced
 from minikd.ops import OPS
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.tape import no_grad
@@ -92,6 +93,7 @@ def _finite(where: str, argument: str, value: Any) -> Any:
     """A finite number as a float or as the array that holds it; anything else is refused."""
     if _is_buffer(value):
         _finite(where, argument, float(plain(value)))
+        note_check(value, partial(_finite, where, argument))
         return value
     return _between(where, argument, value, -sys.float_info.max, sys.float_info.max, "a finite number")
 

@@ -273,12 +273,16 @@ class Module:
         return found[0] if array.ndim == 1 else found
 
 
+# Kinds of attributes that a plan depends on, beside None: another value makes another plan.
+_GUARDED = Module | Tensor | np.ndarray | tuple | bool | int | float | str
+
+
 class _Predictor:
     """A module in use, without dropout or gradients, by plans for each number of rows that comes twice."""
 
     def __init__(self, module: Module) -> None:
         forms: dict[str, Callable[..., Any]] = {
-            "scores": lambda rows: _values(self.module.forward(rows)),
+            "scores": self._scores,
             "logits": self._of_raw,
             "probabilities": lambda rows, t: F.softmax(self._of_raw(rows), temperature=t),
             "classes": lambda rows: F.argmax(self._of_raw(rows)),
@@ -305,7 +309,14 @@ class _Predictor:
         writing = recorder()
         if writing is not None:
             writing.guard(self, "scale")
-        return _values(self.module.forward(rows if self.scale is None else F.standardise(rows, *self.scale)))
+            writing.guard(self.module, "normalisation")
+        return self._scores(rows if self.scale is None else F.standardise(rows, *self.scale))
+
+    def _scores(self, rows: Any) -> Any:
+        writing = recorder()
+        if writing is not None:
+            self.module._guard_parts(writing)
+        return _values(self.module.forward(rows))
 
     def _in_evaluation_mode(self, what: str, rows: np.ndarray, settings: Sequence[Any]) -> np.ndarray:
         """Switch off the training mode of those parts that are in it, and remember if there were none."""
@@ -337,10 +348,6 @@ def _for_columns(values: Any, columns: int, dtype: Any) -> np.ndarray:
     """A number for each column, of this dtype; a single number is for all of them."""
     array = np.ascontiguousarray(values, dtype)
     return np.full(columns, array.item()).astype(dtype) if array.size == 1 else array
-
-
-# Kinds of attributes that a plan depends on: another one makes another plan.
-_GUARDED = Module | Tensor | np.ndarray | tuple | bool | int | float | str
 
 
 class Linear(Module):

@@ -11,7 +11,7 @@ import numpy as np
 
 from minikd.errors import ArgumentError, TapeError
 from minikd.kernels import run
-from minikd.kernels.recording import LAYOUT, note_constant, plain, recorder, refuse_reading
+from minikd.kernels.recording import LAYOUT, note_check, note_constant, plain, recorder, refuse_reading
 from minikd.nn import Arena
 from minikd.tensor import Tensor
 
@@ -64,11 +64,17 @@ class Optimizer:
 
     @lr.setter
     def lr(self, value: Any) -> None:
-        _require(type(self).__name__, "lr", value, 0 <= float(plain(value)) < math.inf, "a finite number from 0")
+        self._check_lr(value)
         if recorder() is None:
             self._lr[...] = value
         else:
+            if isinstance(value, np.ndarray):
+                note_check(value, self._check_lr)
             run("set_scalar", self._lr, value if isinstance(value, np.ndarray) else float(value))
+
+    def _check_lr(self, value: Any) -> None:
+        value = float(plain(value)) if isinstance(value, np.ndarray) else value
+        _require(type(self).__name__, "lr", value, 0 <= float(value) < math.inf, "a finite number from 0")
 
     @property
     def steps(self) -> int:

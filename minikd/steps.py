@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from minikd.errors import ArgumentError, DTypeError, PlanError, ShapeError
+from minikd.errors import ArgumentError, DTypeError, MinikdError, PlanError, ShapeError
 from minikd.kernels import FLOATS, in_use
 from minikd.kernels.recording import (
     LAYOUT,
@@ -222,6 +222,7 @@ class _Variant:
         self.guards: list[Guard] = []
         self.found_gradients: list[tuple[Tensor, Any]] = []
         self.held: tuple[Any, ...] = ()  # arguments that are known by their identity
+        self.checks: list[tuple[int, Callable[[float], Any]]] = []  # numbers of arguments, with what may refuse them
 
     # --- recording ---
 
@@ -262,6 +263,8 @@ class _Variant:
         self.results, places = plan.results[: len(leaves)], iter(plan.results[len(leaves) :])
         self.gradients = [(t, None if g is None else next(places)) for t, g in writer.gradients.items()]
         self.changed = writer.changed
+        numbers = {id(place): k for k, place in enumerate(self.places)}
+        self.checks = [(numbers[id(array)], check) for array, check in writer.checks if id(array) in numbers]
         self.returned = _rebuilt(returned, iter([_empty_like(leaf) for leaf in leaves]))
         self.leaves = list(_leaves(self.returned))
         array = isinstance(self.returned, np.ndarray) and self.results[0].ndim > 0
@@ -312,6 +315,8 @@ class _Variant:
         """Replay on the arguments that were filled in."""
         plan = self.plan
         assert plan is not None
+        if self.checks:
+            self.refuse_one_of([(self.places[k], check) for k, check in self.checks])
         status = plan.start()
         if status:
             plan.refuse(status)
@@ -331,12 +336,35 @@ class _Variant:
         count = len(stacks[0])
         arguments = [np.ascontiguousarray(_fitting(x), p.dtype) for x, p in zip(stacks, self.places, strict=True)]
         results = [np.empty((count, *r.shape), r.dtype) for r in self.plan.results]
+        good = min((self.first_refused(arguments[k], check) for k, check in self.checks), default=count)
         try:
-            self.plan.repeat(arguments, results, count)
+            self.plan.repeat(arguments, results, good)
         finally:
             if self.plan.rounds_done:
                 self.take_effect(self.plan.rounds_done)
+        if good < count:
+            self.refuse_one_of([(arguments[k][good], check) for k, check in self.checks])
         return _rebuilt(self.returned, iter(results))
+
+    @staticmethod
+    def refuse_one_of(checks: Sequence[tuple[Any, Callable[[float], Any]]]) -> None:
+        """Raise what one of these checks has against its number."""
+        try:
+            for number, check in checks:
+                check(float(number))
+        except Exception as error:
+            error.add_note("The parameters are as they were before this step.")
+            raise
+
+    @staticmethod
+    def first_refused(numbers: Any, check: Callable[[float], Any]) -> int:
+        """Where the first number is that this check refuses; no check refuses what is finite and not below 0."""
+        for k in np.flatnonzero(~np.isfinite(numbers) | (numbers < 0)):
+            try:
+                check(float(numbers[k]))
+            except MinikdError:
+                return int(k)
+        return len(numbers)
 
     def take_effect(self, runs: int) -> None:
         """Leave tensors as the step leaves them: with their gradients, and known to have changed."""

@@ -493,6 +493,63 @@ def test_a_change_of_the_layout_never_gives_a_number_again() -> None:
     assert layout.version not in {last, *seen}
 
 
+class Scale:
+    """What makes raw features a network's inputs."""
+
+    def __init__(self, mean: float) -> None:
+        self.mean, self.deviation = np.full(4, mean), np.full(4, 2.0)
+
+    def apply(self, x: Any) -> Any:
+        return (x - self.mean) / self.deviation
+
+
+REPLACED: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda m: None,
+    "a layer": lambda m: setattr(m, "layers", (m.layers[0], m.layers[1], nn.Linear(6, 3, seed=9))),
+    "a weight": lambda m: setattr(m.layers[0], "weight", kd.Tensor(m.layers[0].weight.array * 2)),
+    "a bias": lambda m: setattr(m.layers[2], "bias", kd.Tensor(np.ones(3, np.float32))),
+    "no bias": lambda m: setattr(m.layers[0], "bias", None),
+    "values": lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
+    "a scale": lambda m: setattr(m, "normalisation", Scale(0.5)),
+    "another scale": lambda m: setattr(m, "normalisation", Scale(-0.5)),
+    "no scale": lambda m: setattr(m, "normalisation", None),
+    "an arena": lambda m: kd.optim.SGD(m.parameters(), 0.1),
+    "training": lambda m: m.train(),
+    "evaluation": lambda m: m.eval(),
+}
+
+
+@each_backend
+@pytest.mark.parametrize("bare", [False, True])
+def test_predictions_follow_whatever_is_replaced_inside_a_step_and_outside(bare: bool) -> None:
+    model = nn.MLP([4, 6, 3], seed=2)
+    step = kd.compile(lambda x: [model.predict(x), model.predict_proba(x), model.logits(x)])
+    rng = np.random.default_rng(0)
+    for change in ("nothing", *REPLACED):
+        REPLACED[change](model)
+        for _ in range(3):
+            x = rng.normal(size=(5, 4)).astype(np.float32)
+            scaled = (
+                x
+                if model.normalisation is None
+                else F.standardise(x, *(np.float32(v) for v in vars(model.normalisation).values()))
+            )
+            with kd.no_grad():
+                scores = model(scaled).array
+            wanted = [scores.argmax(axis=1), F.softmax(scores), scores]
+            found = [model.predict(x), model.predict_proba(x), model.logits(x)] if bare else step(x)
+            assert comparable(found) == comparable(wanted), change
+
+
+@each_backend
+def test_predictions_of_a_single_layer_follow_its_weight() -> None:
+    model, x = nn.Linear(4, 3, seed=0), np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    for k in range(3):
+        model.weight, model.bias = kd.Tensor(model.weight.array * 2), None if k else model.bias
+        for _ in range(3):
+            assert comparable(model.logits(x)) == comparable(F.linear(x, model.weight, model.bias).array)
+
+
 # --- the recorder itself ---
 
 

@@ -963,6 +963,62 @@ def test_a_temperature_of_0_is_refused_by_a_replay_too() -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("which", ["lr", "hard_weight", "soft_weight"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_numbers_that_the_step_refuses_are_refused_by_replays_too(which: str, bad: float) -> None:
+    def build() -> World:
+        world = simple()
+        model, optimizer = world.more["model"], world.more["optimizer"]
+
+        def step(x: Any, y: Any, t: Any) -> Any:
+            weights = {} if which == "lr" else {which: t}
+            if which == "lr":
+                optimizer.lr = t
+            loss = F.distillation_loss(model(x), q, y, **weights)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        q = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+        world.step = step
+        return world
+
+    eager, other = build(), build()
+    step = kd.compile(other.step)
+    calls = [(*b, np.array(0.5)) for b in batches(8)]
+    refused = which == "lr" or bad != -1.0
+    for c in calls:
+        assert bits(step(*c)) == bits(eager.step(*c))
+    calls[5] = (*calls[5][:2], np.array(bad))
+    messages: list[Any] = []
+    for run in (step, eager.step):
+        if refused:
+            with pytest.raises(ArgumentError, match=which) as caught:
+                run(*calls[5])
+            messages.append(
+                str(caught.value)
+                .replace("array(nan)", "nan")
+                .replace("array(inf)", "inf")
+                .replace("array(-1.)", "-1.0")
+            )
+        else:
+            messages.append(bits(run(*calls[5])))
+    assert messages[0] == messages[1]
+    stacked = [np.stack(column) for column in zip(*calls, strict=True)]
+    if refused:
+        with pytest.raises(ArgumentError, match=which) as caught:
+            step.epoch(*stacked)
+        assert any("step 5 of steps 0 to 7" in note for note in caught.value.__notes__)
+        for c in calls[:5]:
+            eager.step(*c)
+    else:
+        assert bits(step.epoch(*stacked)) == bits(np.stack([eager.step(*c).array for c in calls]))
+    assert bits(eager.optimizers[0].arena.values) == bits(other.optimizers[0].arena.values)
+    assert eager.optimizers[0].steps == other.optimizers[0].steps
+
+
+@each_backend
 def test_an_error_after_the_parameters_changed_says_so() -> None:
     world = simple()
     model, train = world.more["model"], world.step

@@ -12,7 +12,7 @@ import itertools
 import linecache
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +113,7 @@ class Recorder:
     found_gradients : leaves whose gradient of before the step was looked at, with that gradient, or None.
     refusal : the first reason why the step cannot be replayed.
     changed : tensors whose values were written in place.
+    checks : arguments without axes, with what refuses some of their values before each run.
     """
 
     def __init__(self, arguments: Sequence[Any], forgiving: bool = False) -> None:
@@ -124,6 +125,7 @@ class Recorder:
         self.gradients: dict[Any, Any] = {}
         self.found_gradients: dict[Any, Any] = {}
         self.changed: list[Any] = []
+        self.checks: list[tuple[Any, Callable[[float], Any]]] = []
         self._guards: dict[tuple[int, str], Guard] = {}
         self._known: dict[int, int] = {}  # id of an owner → its storage
         for array in arguments:
@@ -274,6 +276,12 @@ def note_constant(array: Any) -> Any:
     if anybody_records and _state.recorder is not None:
         _state.recorder.constant(array)
     return array
+
+
+def note_check(value: Any, check: Callable[[float], Any]) -> None:
+    """A number in an array was accepted by `check`; runs shall refuse what it refuses."""
+    if anybody_records and _state.recorder is not None:
+        _state.recorder.checks.append((owner_of(value), check))
 
 
 def refuse(what: str, fix: str) -> None:
