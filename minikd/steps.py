@@ -129,7 +129,7 @@ def _place_for(value: Any) -> Any:
     array = value.array if isinstance(value, Tensor) else value
     given = array.dtype.newbyteorder("=")
     if given in FLOATS or given in (np.float16, np.bool_):
-        dtype = np.float64 if array.ndim == 0 else given if given in FLOATS else np.float32
+        dtype = np.float64 if array.ndim == 0 else given.type if given in FLOATS else np.float32
     elif given.kind in "iu":
         dtype = np.uint8 if given == np.uint8 else np.int64
     else:

@@ -468,6 +468,17 @@ def test_a_tensor_that_takes_a_gradient_may_be_an_argument() -> None:
         np.testing.assert_array_equal(w[k % 2].grad.numpy(), x)
 
 
+def test_a_replay_of_arrays_that_look_alike_takes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, calls = kd.compile(simple().step), batches(6)
+    for b in calls[:3]:
+        step(*b)
+    monkeypatch.setattr(step, "_find_and_run", None)
+    for b in calls[3:]:
+        step(*b)
+    with pytest.raises(TypeError):
+        step(calls[0][0][:2], calls[0][1][:2])
+
+
 def test_what_was_computed_from_others_is_no_argument() -> None:
     w = kd.Tensor([1.0, 2.0], requires_grad=True)
     with pytest.raises(PlanError, match="without a history"):
