@@ -9,7 +9,9 @@
 #define MINIKD_ROWS_H
 
 #include <stdlib.h>
-#ifdef __SSE2__
+#ifdef __AVX__
+#include <immintrin.h>
+#elif defined(__SSE2__)
 #include <emmintrin.h>
 #endif
 
@@ -380,11 +382,10 @@ typedef real two_sides __attribute__((vector_size(32)));
 
 INLINE two_sides load_two_sides(const real *x, int64_t apart)
 {
-    const side_by_side a = load_side(x), b = load_side(x + apart);
 #ifdef MINIKD_DOUBLE
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3);
+    return (two_sides)_mm256_loadu2_m128d(x + apart, x);
 #else
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+    return (two_sides)_mm256_loadu2_m128(x + apart, x);
 #endif
 }
 
@@ -438,11 +439,15 @@ static void transpose(real *to, int64_t to_stride, const real *from, int64_t fro
     }
     int64_t l = 0;
 #ifdef TWO_BLOCKS
-    for (; l + 2 * SIDE <= rows; l += 2 * SIDE)
-        for (int64_t j = 0; j < columns; j += SIDE) {
-            const int64_t column = smaller(j, columns - SIDE);
-            transpose_two_blocks(to + column * to_stride + l, to_stride, from + l * from_stride + column, from_stride);
-        }
+    for (; l + 2 * SIDE <= rows; l += 2 * SIDE) {
+        const real *row = from + l * from_stride;
+        real *column = to + l;
+        for (int64_t j = 0; j + SIDE <= columns; j += SIDE, column += SIDE * to_stride)
+            transpose_two_blocks(column, to_stride, row + j, from_stride);
+        const int64_t last = columns - SIDE;
+        if (columns % SIDE)
+            transpose_two_blocks(to + last * to_stride + l, to_stride, row + last, from_stride);
+    }
 #endif
     for (; l < rows; l += SIDE) {
         const int64_t row = smaller(l, rows - SIDE);
