@@ -141,6 +141,17 @@ def use_products(which: str) -> None:
         raise BackendError("use_products", "which", expected=expected, got=repr(which))
     gemms = [ffi.cast("minikd_gemm *", address) for address in ((found.sgemm, found.dgemm) if found else (0, 0))]
     lib.minikd_use_blas(*gemms, found.integer_bits if found else 0, which == "blas")
+    _products[:] = [found]
+
+
+_products: list[blas.Library | None] = []  # one, once it was decided: the BLAS in use
+
+
+def products() -> str:
+    """What computes matrix products, in words: code of our own, or a BLAS with its number of threads."""
+    _needs_module("products")
+    _use_default_products()
+    return "code of its own" if _products[0] is None else f"{_products[0]}, small ones by code of its own"
 
 
 def heed_environment() -> None:
