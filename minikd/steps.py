@@ -20,6 +20,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,10 @@ class Step:
                 if returned is not NOT_RUN:
                     return returned
             return self._find_and_run(args, kwargs)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """A step that is a method: called with its object, which is part of what is recorded."""
+        return self if instance is None else MethodType(self, instance)
 
     def _find_and_run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         names = tuple(kwargs)

@@ -6,9 +6,12 @@ already) is watched; a variant that does not hold at present is left for another
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,6 +166,8 @@ class Variant:
         self.layout = -1
         self.guards: list[Guard] = []
         self.found_gradients: list[tuple[Tensor, Any]] = []
+        self.names: list[tuple[dict[str, Any], str, Any]] = []  # globals that the function reads
+        self.cells: list[tuple[Any, Any]] = []  # and variables of the functions around it
         self.held: tuple[Any, ...] = ()  # arguments that are known by their identity
         self.checks: list[tuple[int, Callable[[float], Any]]] = []  # numbers of arguments, with what may refuse them
 
@@ -183,6 +188,7 @@ class Variant:
         if self.refusal is not None and not options.fallback:
             raise self.refusal  # which the step caught
         self.found_gradients, self.guards = list(writer.found_gradients.items()), writer.guards
+        self.names, self.cells = _captured(function)
         self.layout = LAYOUT.version
         leaves = list(leaves_of(returned))
         results = [_result_of(writer, leaf) for leaf in leaves]
@@ -211,7 +217,7 @@ class Variant:
         self.leaves = list(leaves_of(self.returned))
         array = isinstance(self.returned, np.ndarray) and self.results[0].ndim > 0
         self.single = Tensor if isinstance(self.returned, Tensor) else np.ndarray if array else None
-        self.steady = self.tape_on is None and not self.found_gradients
+        self.steady = self.tape_on is None and not (self.found_gradients or self.names or self.cells)
         self.writer, self.recorded, self.plan = None, None, plan
 
     # --- running ---
@@ -222,6 +228,12 @@ class Variant:
             return True
         if self.tape_on is not None and self.tape_on is not is_recording():
             return False
+        for names, name, value in self.names:
+            if names.get(name) is not value:
+                return False
+        for cell, value in self.cells:
+            if cell.cell_contents is not value:
+                return False
         for tensor, had in self.found_gradients:
             if not _same_memory(tensor._grad, had):
                 return False
@@ -314,6 +326,25 @@ class Variant:
             tensor._grad = gradient
         for tensor in self.changed:
             tensor.version += runs
+
+
+def _captured(function: Any) -> tuple[list[tuple[dict[str, Any], str, Any]], list[tuple[Any, Any]]]:
+    """What a function takes from outside: its globals but for modules, and its closure's cells, with their values."""
+    inner = inspect.unwrap(function)
+    code, names = getattr(inner, "__code__", None), getattr(inner, "__globals__", {})
+    used = _global_names(code) if code else set()
+    found = [(names, name, names[name]) for name in sorted(used) if name in names]
+    cells = []
+    for cell in getattr(inner, "__closure__", None) or ():
+        with suppress(ValueError):  # one that has no value yet
+            cells.append((cell, cell.cell_contents))
+    return [entry for entry in found if not isinstance(entry[2], ModuleType)], cells
+
+
+def _global_names(code: CodeType) -> set[str]:
+    """The globals that code reads, and code within it."""
+    names = {str(i.argval) for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return names.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 def _same_memory(a: Any, b: Any) -> bool:

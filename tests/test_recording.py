@@ -302,7 +302,7 @@ def test_compile_takes_a_function_with_or_without_options() -> None:
         return F.relu(x)
 
     assert (one.__name__, one.__doc__) == ("one", "Says something.")
-    assert two.fallback
+    assert two.options.fallback
     with pytest.raises(MinikdError, match="a function"):
         kd.compile(3)
 

@@ -1130,3 +1130,71 @@ def test_one_step_may_be_used_by_several_threads() -> None:
         return work
 
     run_at_once([user(4), user(4), user(4), user(9)])
+
+
+# --- names that stand for something else ---
+
+SCALE = 2.0
+
+
+def scaled(x: Any) -> Any:
+    return F.relu(kd.Tensor(x)) * SCALE
+
+
+def test_a_global_that_stands_for_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, x = kd.compile(scaled), np.ones(3, np.float32)
+    assert [step(x).numpy()[0] for _ in range(3)] == [2, 2, 2]
+    monkeypatch.setitem(globals(), "SCALE", 5.0)
+    assert [step(x).numpy()[0] for _ in range(3)] == [5, 5, 5]
+    assert len(step.plans) == 2
+
+
+def test_another_model_under_the_same_name_is_noticed(backend: str) -> None:
+    x, y = np.ones((4, 3), np.float32), np.arange(4) % 2
+    model, opt = kd.nn.MLP([3, 2], seed=0), None
+
+    @kd.compile
+    def step(x: Any, y: Any) -> Any:
+        loss = F.cross_entropy(model(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        return loss
+
+    for seed in (0, 1):
+        model = kd.nn.MLP([3, 2], seed=seed)
+        opt = kd.optim.SGD(model.parameters(), 0.1)
+        before = [p.numpy().copy() for p in model.parameters()]
+        for _ in range(3):
+            step(x, y)
+        assert all((p.numpy() != b).any() for p, b in zip(model.parameters(), before, strict=True))
+    assert len(step.plans) == 2
+
+
+def test_a_counter_that_the_step_keeps_does_not_disturb_its_plan() -> None:
+    calls = 0
+
+    @kd.compile
+    def step(x: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return F.relu(kd.Tensor(x))
+
+    for _ in range(5):
+        step(np.ones(3, np.float32))
+    assert len(step.plans) == 1
+    assert calls == 2
+
+
+def test_a_method_can_be_a_step() -> None:
+    class Trainer:
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+        @kd.compile
+        def step(self, x: Any) -> Any:
+            return F.relu(kd.Tensor(x)) * self.factor
+
+    x = np.ones(3, np.float32)
+    for trainer in (Trainer(2.0), Trainer(3.0)):
+        assert [trainer.step(x).numpy()[0] for _ in range(3)] == [trainer.factor] * 3
