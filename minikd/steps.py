@@ -16,7 +16,6 @@ arguments (parameters, optimizer state, data) is read where it is, so a learning
 from __future__ import annotations
 
 import functools
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -223,28 +222,29 @@ class Step:
             expected = "arrays of one length, one entry for each step"
             got = "shapes " + (", ".join(str(x.shape) for x in arrays) or "of no array")
             raise ShapeError("epoch", "arguments", expected=expected, got=got)
-        done, steps, seconds = 0, len(arrays[0]), math.inf
+        done, steps = 0, len(arrays[0])
         while done < steps:
-            count, started = min(steps - done, max(1, int(SECONDS_A_CALL / seconds))), time.monotonic()
             with self._lock:
                 try:
-                    count, portion = self._portion([x[done : done + count] for x in arrays])
+                    count, portion = self._portion([x[done:] for x in arrays] if done else arrays)
                 except Exception as error:
                     error.add_note(f"It is step {done + self._rounds_done} of steps 0 to {steps - 1}.")
                     raise
-            seconds = max((time.monotonic() - started) / count, 1e-9)
             done += count
             yield count, portion
 
     def _portion(self, arrays: Sequence[Any]) -> tuple[int, Any]:
-        """Run the step on entries of these arrays: on all of them by its plan, or on the first without one."""
+        """Run the step on the first entries of these arrays: on some 50 ms of them by its plan, or on one without."""
         first = tuple(x[0, ...] for x in arrays)
         variant = self._variant((), first)
         self._rounds_done = 0
-        if variant is not None and variant.plan is not None:
-            try:
-                return len(arrays[0]), variant.repeat(arrays)
-            finally:
-                self._rounds_done = variant.plan.rounds_done
-        returned = self._find_and_run(first, {})
-        return 1, rebuilt(returned, iter([array_of(leaf)[None] for leaf in leaves_of(returned)]))
+        if variant is None or variant.plan is None:
+            returned = self._find_and_run(first, {})
+            return 1, rebuilt(returned, iter([array_of(leaf)[None] for leaf in leaves_of(returned)]))
+        count, started = min(len(arrays[0]), max(1, int(SECONDS_A_CALL / variant.seconds))), time.perf_counter()
+        try:
+            results = variant.repeat([x[:count] for x in arrays])
+        finally:
+            self._rounds_done = variant.plan.rounds_done
+        variant.seconds = max((time.perf_counter() - started) / count, 1e-9)
+        return count, results

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -158,6 +159,7 @@ class Variant:
         self.plan: Plan | None = None
         self.refusal: PlanError | None = None
         self.looks: list[tuple[Any, Any, Any]] = []  # the places as a quick look compares them
+        self.seconds = math.inf  # that a replay took when several were made at once; not known yet
         self.steady = False  # whether nothing but the layout can end it
         self.writer: Recorder | None = None  # of the first call, until the second confirms it
         self.recorded: Any = None  # what that call returned, to be compared
