@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
                 runs[key].append(measure(DISTILLERS[key].module, file, THREADS[options.threads]))
                 print(f"{DISTILLERS[key].label}: {runs[key][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
     report = {
-        "machine": describe(),
+        "machine": describe(("numpy", "torch", "jax", "jaxlib")),
         "missing": [key for key in DISTILLERS if key not in able],
         "settings": {"rows": len(task.x), **{n: getattr(options, n) for n in ("epochs", "rounds", "threads")}},
         "array_bytes": sum(a.nbytes for a in task.arrays.values()),
