@@ -140,11 +140,12 @@ class Plan:
     ----------
     recorder : what the step did.
     results : arrays of the step that are wanted after a run.
+    lasting : others that are looked at after a run, and not copied; gradients of leaves for example.
 
     Attributes
     ----------
     arguments : the arrays into which a run's arguments are copied.
-    results : where the results are after a run.
+    results, lasting : where those are after a run.
     calls : what is run, in order, for those who want to look (`minikd.explain`); `arrays` are the buffers of each,
         `bound` runs each, `origins` says where each storage is from.
     parts : the same in as few calls as possible.  start : runs once, and returns what `refuse` turns into an error if
@@ -153,9 +154,9 @@ class Plan:
     rounds_done : how many runs the last `repeat` completed.
     """
 
-    def __init__(self, recorder: Recorder, results: Sequence[Any]) -> None:
+    def __init__(self, recorder: Recorder, results: Sequence[Any], lasting: Sequence[Any] = ()) -> None:
         self.calls, storages = list(recorder.calls), recorder.storages
-        wanted = [recorder.place(array) for array in results]
+        wanted = [recorder.place(array) for array in (*results, *lasting)]
         made = [k for k, s in enumerate(storages) if s.kind == MADE]
         sizes = {k: aligned(storages[k].owner.nbytes) for k in made}
         spans = spans_of(self.calls, made, [b.storage for b in wanted])
@@ -178,7 +179,8 @@ class Plan:
             return np.ndarray(b.shape, b.dtype, block, start, b.strides)
 
         self.arguments = [s.owner for s in storages if s.kind == ARGUMENT]
-        self.results = [array_at(b) for b in wanted]
+        found = [array_at(b) for b in wanted]
+        self.results, self.lasting = found[: len(results)], found[len(results) :]
         self.arrays = [tuple(array_at(b) for b in call.buffers) for call in self.calls]
         self.bound = [bind(c.name, *arrays, **c.attrs) for c, arrays in zip(self.calls, self.arrays, strict=True)]
         self.parts: list[Call] = join(self.bound)

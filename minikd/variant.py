@@ -209,8 +209,8 @@ class Variant:
     def _make_plan(self, writer: Recorder, returned: Any, leaves: Sequence[Any]) -> None:
         """Bind what was written down to memory of its own, and keep of the recording only what runs need."""
         gradients = [g for g in writer.gradients.values() if g is not None]
-        plan = Plan(writer, [*map(array_of, leaves), *gradients])
-        self.results, places = plan.results[: len(leaves)], iter(plan.results[len(leaves) :])
+        plan = Plan(writer, [array_of(leaf) for leaf in leaves], gradients)
+        self.results, places = plan.results, iter(plan.lasting)
         self.gradients = [(t, None if g is None else next(places)) for t, g in writer.gradients.items()]
         self.changed = writer.changed
         numbers = {id(place): k for k, place in enumerate(self.places)}
@@ -291,7 +291,7 @@ class Variant:
         assert self.plan is not None
         count = len(stacks[0])
         arguments = [np.ascontiguousarray(_fitting(x), p.dtype) for x, p in zip(stacks, self.places, strict=True)]
-        results = [np.empty((count, *r.shape), r.dtype) for r in self.plan.results]
+        results = [np.empty((count, *r.shape), r.dtype) for r in self.results]
         good = min((self.first_refused(arguments[k], check) for k, check in self.checks), default=count)
         try:
             self.plan.repeat(arguments, results, good)
