@@ -266,14 +266,19 @@ INLINE void backward_tile(real (*slope)(real), const backward_work *work, int64_
         const int64_t count = smaller(width, end - at);
         real *du = dx ? dx + at : unused;
         rows = at + (TOGETHER - 1) * row + width <= end ? TOGETHER : 1;
-        for (int64_t r = 0; r < rows; r++)
-            backward_row(slope, du + r * du_row, dy + at + r * row, v + at + r * row, b, count);
+        if (!b && width == row && rows > 1)
+            backward_row(slope, du, dy + at, v + at, NULL, rows * row);
+        else
+            for (int64_t r = 0; r < rows; r++)
+                backward_row(slope, du + r * du_row, dy + at + r * row, v + at + r * row, b, count);
         if (db)
             add_each_column(total, du, du_row, rows, count);
     }
-    for (int64_t k = 1; k < times; k++)
-        for (int64_t j = 0; j < columns; j++)
-            total[j] += total[k * columns + j];
+    for (int64_t rest = width / 2; times > 1 && rest >= columns; rest /= 2) {
+        SIMD
+        for (int64_t j = 0; j < rest; j++)
+            total[j] += total[rest + j];
+    }
     if (work->sums)
         memcpy(work->sums + band * m + first, total, (size_t)columns * sizeof(double));
     else if (db)

@@ -22,9 +22,11 @@
 #define DEPTH 400 /* most steps of a block: a panel of them stays in the second cache beside the rows that meet it */
 #define BAND 256  /* most rows that meet a panel before the next is made */
 
-/* Where b is read fewer times than this, or is no larger than that many bytes, a copy of it costs more than it saves. */
+/* A copy of b costs more than it saves where b is read fewer times than this, or is so small that it stays in the
+ * second cache as it is. */
 #define FEW_TILES 3
-#define SMALL_BYTES 16384
+#define SMALL_BYTES (512 << 10)
+#define NEAR_BYTES (64 << 10) /* of c, which lies in the nearest cache, or not far from it, up to this size */
 
 /* A matrix as a product reads it: element (i, j) is at i·row + j·column, and one of the two is 1. */
 typedef struct {
@@ -76,30 +78,38 @@ typedef struct {
     int64_t depth;
     int64_t last;  /* columns of the last vector */
     _Bool further; /* whether c holds the sum of the blocks before */
+    _Bool fetched; /* whether c is so large that it has to be fetched */
 } tile;
+
+/* Where row i of four stands, if `three` is three times as far as from a row to the next: so that few registers hold the
+ * addresses of all. */
+INLINE int64_t row_of_four(int i, int64_t apart, int64_t three)
+{
+    return i % 4 < 3 ? i % 4 * apart : three;
+}
 
 INLINE void compute(const tile *t, int rows, int vectors)
 {
     vector sum[ROWS][VECTORS], b[VECTORS];
-    const real *row[ROWS], *b_at = t->b;
+    const int64_t apart = t->a_row, three = 3 * apart, a_step = t->a_step, b_step = t->b_step;
+    const real *low = t->a, *high = low + 4 * apart, *b_at = t->b;
     UNROLL
-    for (int i = 0; i < rows; i++) {
-        row[i] = t->a + i * t->a_row;
+    for (int i = 0; i < rows; i++)
         UNROLL
         for (int v = 0; v < vectors; v++)
             sum[i][v] = spread(0);
-    }
-    for (int64_t p = 0, at = 0; p < t->depth; p++, at += t->a_step, b_at += t->b_step) {
+    for (int64_t p = t->depth; p > 0; p--) {
         UNROLL
         for (int v = 0; v < vectors; v++)
             b[v] = load(b_at + v * PER_VECTOR);
         UNROLL
         for (int i = 0; i < rows; i++) {
-            const vector a = spread(row[i][at]);
+            const vector a = spread((i < 4 ? low : high)[row_of_four(i, apart, three)]);
             UNROLL
             for (int v = 0; v < vectors; v++)
                 sum[i][v] = multiply_add(a, b[v], sum[i][v]);
         }
+        low += a_step, high += a_step, b_at += b_step;
     }
     const int full = t->last == PER_VECTOR ? vectors : vectors - 1;
     UNROLL
@@ -149,8 +159,11 @@ INLINE void compute_rows(const tile *t, int64_t rows, int vectors)
     }
 }
 
-static void compute_tile(const tile *t, int64_t rows, int64_t vectors)
+static NOINLINE void compute_tile(const tile *t, int64_t rows, int64_t vectors)
 {
+    for (int64_t i = 0; t->fetched && i < rows; i++)
+        for (int64_t v = 0; v < vectors; v++)
+            FETCH_TO_WRITE(t->c + i * t->c_row + v * PER_VECTOR);
 #if VECTORS >= 3
     if (vectors == 3)
         compute_rows(t, rows, 3);
@@ -169,9 +182,9 @@ static void copy_panel(real *to, const matrix *b, const real *from, int64_t dept
 {
     const int64_t step = vectors * PER_VECTOR, columns = step - PER_VECTOR + last;
     if (b->row == 1 && b->column != 1) {
-        transpose(to, step, from, b->column, columns, depth);
         for (int64_t p = 0; columns < step && p < depth; p++)
-            fill(to + p * step + columns, step - columns, 0);
+            store(to + p * step + step - PER_VECTOR, spread(0));
+        transpose(to, step, from, b->column, columns, depth);
         return;
     }
     for (int64_t p = 0; p < depth; p++, from += b->row, to += step) {
@@ -182,29 +195,48 @@ static void copy_panel(real *to, const matrix *b, const real *from, int64_t dept
     }
 }
 
+/* Fetch the k-th of `shares` parts of the columns `first` … of b, so that the next panel is there when it is copied. */
+static void fetch_share(const matrix *b, const real *first, int64_t depth, int64_t columns, int64_t k, int64_t shares)
+{
+    const int64_t rows = b->column == 1 ? depth : columns, length = b->column == 1 ? columns : depth;
+    const int64_t apart = b->column == 1 ? b->row : b->column;
+    for (int64_t r = rows * k / shares; r < rows * (k + 1) / shares; r++)
+        for (int64_t j = 0; j < length; j += 64 / (int64_t)sizeof(real))
+            FETCH(first + r * apart + j);
+}
+
+static _Bool larger_than(int64_t bytes, int64_t rows, int64_t columns)
+{
+    return rows * columns > bytes / (int64_t)sizeof(real);
+}
+
 /* The rows of a band in one panel's columns. */
 static void compute_panel(const product *work, int64_t band, int64_t panel)
 {
     real copy[DEPTH * VECTORS * PER_VECTOR] ALIGNED;
     const matrix *a = &work->a, *b = &work->b;
     const int64_t first = start_of(work->panels, panel) * PER_VECTOR, vectors = length_of(work->panels, panel);
-    const int64_t last = smaller(work->columns - first, vectors * PER_VECTOR) - (vectors - 1) * PER_VECTOR;
+    const int64_t wide = vectors * PER_VECTOR, last = smaller(work->columns - first, wide) - (wide - PER_VECTOR);
     const int64_t top = start_of(work->bands, band);
     const parts tiles = cut(length_of(work->bands, band), ROWS), blocks = cut(work->depth, DEPTH);
-    const int small = tiles.count < FEW_TILES || work->depth * b->row * (int64_t)sizeof(real) <= SMALL_BYTES;
-    const int copied = b->column != 1 || last != PER_VECTOR || !small;
+    const _Bool pays = tiles.count >= FEW_TILES && larger_than(SMALL_BYTES, work->depth, work->columns);
+    const _Bool copied = b->column != 1 || last != PER_VECTOR || pays;
+    const _Bool ahead = copied && panel + 1 < work->panels.count && larger_than(NEAR_BYTES, work->depth, work->columns);
+    const _Bool fetched = larger_than(NEAR_BYTES, work->rows, work->columns);
     for (int64_t block = 0; block < blocks.count; block++) {
         const int64_t p = start_of(blocks, block), depth = length_of(blocks, block);
         const real *from = b->at + p * b->row + first * b->column;
         tile t = {work->c + top * work->columns + first, a->at + top * a->row + p * a->column, from,
-                  work->columns, a->row, a->column, b->row, depth, last, block > 0};
+                  work->columns, a->row, a->column, b->row, depth, last, block > 0, fetched};
         if (copied) {
             copy_panel(copy, b, from, depth, vectors, last);
             t.b = copy;
-            t.b_step = vectors * PER_VECTOR;
+            t.b_step = wide;
         }
         for (int64_t k = 0; k < tiles.count; k++) {
             const int64_t rows = length_of(tiles, k);
+            if (ahead)
+                fetch_share(b, from + wide * b->column, depth, wide, k, tiles.count);
             compute_tile(&t, rows, vectors);
             t.c += rows * t.c_row;
             t.a += rows * t.a_row;

@@ -86,8 +86,10 @@ static void release(real *memory, const real *here)
 /* Have the cache line of an address fetched, which may lie outside of any array. */
 #ifdef __GNUC__
 #define FETCH(address) __builtin_prefetch((address), 0, 2)
+#define FETCH_TO_WRITE(address) __builtin_prefetch((address), 1, 3)
 #else
 #define FETCH(address) (void)(address)
+#define FETCH_TO_WRITE(address) (void)(address)
 #endif
 
 /* Results above this size go to memory past the caches: nobody finds them there later anyway, and a line that is

@@ -152,11 +152,13 @@ INLINE void store_first(real *to, vector x, int64_t count)
 }
 #endif
 
-/* In front of a loop over registers, which must become none. */
+/* In front of a loop over registers, which must become none, and of a function that must have all of them for itself. */
 #ifdef __GNUC__
 #define UNROLL _Pragma("GCC unroll 16")
+#define NOINLINE __attribute__((noinline))
 #else
 #define UNROLL
+#define NOINLINE
 #endif
 
 #endif
