@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import minikd as kd
 from minikd.bench.measure import LEAST_ROUNDS, Effort, Timing
 from minikd.bench.steps import add_arguments, command, run, worker
 from minikd.bench.steps.cases import CHECKED, LR, QUICK, STEPS, TOLERANCE
@@ -25,7 +24,6 @@ from minikd.errors import DataError
 from minikd.report.table import plain
 
 SLOW_TO_COMPILE = {"torch-compile"}  # its results are compared in every run of the benchmark
-WITHOUT_A_PLAN = set() if "compile" in kd.__all__ else {"plan", "epoch"}
 UPDATES = [name for name, step in STEPS.items() if step.optimizer]
 
 
@@ -40,7 +38,7 @@ def options(*arguments: str) -> argparse.Namespace:
 
 @pytest.mark.parametrize("name", STEPS)
 def test_every_contender_agrees_with_the_reference(name: str) -> None:
-    step, left_out = STEPS[name], SLOW_TO_COMPILE | (WITHOUT_A_PLAN if STEPS[name].optimizer else set())
+    step, left_out = STEPS[name], SLOW_TO_COMPILE
     inputs = step.make_inputs()
     able = [k for k, c in CONTENDERS.items() if name in c.kernels and k not in left_out and not c.missing()]
     with warnings.catch_warnings():
