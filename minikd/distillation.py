@@ -254,15 +254,16 @@ def fit(
 
     model.train()
     stream = endless_batches(rows, batch_size, seed)
-    for epoch in range(epochs):
-        within, total = 0, 0.0
-        for _, group in itertools.groupby(itertools.islice(stream, per_epoch), len):
-            picked = np.stack(list(group))
-            first = epoch * per_epoch + within
-            rates = np.array([lr * factor(k) for k in range(first, first + len(picked))])
-            for losses in train_step.portions(picked, rates):
-                within, total = within + len(losses), total + float(losses.sum(dtype=np.float64))
-                tell(epoch, within, total)
+    with blas_threads_for(batch_size * max(p.size for p in parameters)):
+        for epoch in range(epochs):
+            within, total = 0, 0.0
+            for _, group in itertools.groupby(itertools.islice(stream, per_epoch), len):
+                picked = np.stack(list(group))
+                first = epoch * per_epoch + within
+                rates = np.array([lr * factor(k) for k in range(first, first + len(picked))])
+                for losses in train_step.portions(picked, rates):
+                    within, total = within + len(losses), total + float(losses.sum(dtype=np.float64))
+                    tell(epoch, within, total)
     _warn_of_slow_steps(train_step)
     model.eval()
 
@@ -460,20 +461,10 @@ class Experiment:
         """Train everything; an exception or Ctrl-C passes through, and `result` then holds what was complete."""
         self._started = time.monotonic()
         try:
-            with blas_threads_for(self._largest_product()):
-                for seed in self.settings.seeds:
-                    self._run_seed(seed)
+            for seed in self.settings.seeds:
+                self._run_seed(seed)
         finally:
             self._seconds = time.monotonic() - self._started
-
-    def _largest_product(self) -> int:
-        """Multiply-adds of the largest matrix product in a step of any model that is trained here."""
-        trained = [self.settings.student] if self._student is None else []
-        trained += [self.settings.teacher] if self._teacher is None else []
-        weights = [a * b for hidden in trained for a, b in itertools.pairwise(self._sizes(hidden))]
-        if self._student is not None:
-            weights += [p.size for p in self._student.parameters()]
-        return self.settings.batch_size * max(weights, default=0)
 
     def _run_seed(self, seed: int) -> None:
         data = self.dataset

@@ -9,18 +9,10 @@ from distillers.minikd_distill import model
 from distillers.task import BATCH, HARD_WEIGHT, LR, SOFT_WEIGHT, TEMPERATURE, Task
 
 from minikd.distillation import fit
-from minikd.kernels.blas import threads_for
-from minikd.nn import MLP
 
 
 def distil(task: Task) -> Callable[[np.ndarray], np.ndarray]:
     student, teacher_logits = model(task.student), model(task.teacher).logits(task.x)
-    with threads_for(BATCH * task.student[0].size):  # as kd.distill does: BLAS on one thread for a small student
-        train(student, task, teacher_logits)
-    return student.predict
-
-
-def train(student: MLP, task: Task, teacher_logits: np.ndarray) -> None:
     fit(
         student,
         task.x,
@@ -34,3 +26,4 @@ def train(student: MLP, task: Task, teacher_logits: np.ndarray) -> None:
         lr=LR,
         schedule="constant",
     )
+    return student.predict
