@@ -28,7 +28,7 @@ from minikd.kernels import BACKENDS, current_backend, use_backend
 from minikd.kernels.threads import blas_threads_for
 from minikd.nn import MLP, ROWS_AT_A_TIME, Module
 from minikd.ops.elementwise import ACTIVATIONS
-from minikd.optim import OPTIMIZERS, SCHEDULES
+from minikd.optim import OPTIMIZERS, SCHEDULES, Optimizer
 from minikd.steps import Step, compile
 
 __all__ = ["DistillResult", "Experiment", "Progress", "Settings", "compare", "distill", "fit", "full_sizes"]
@@ -214,35 +214,10 @@ def fit(
     per_epoch = math.ceil(len(x) / batch_size)
     steps = epochs * per_epoch
     decay = {"weight_decay": weight_decay} if weight_decay else {}
-    parameters = model.parameters()
-    opt = OPTIMIZERS[optimizer](parameters, lr, max_norm=max_norm or None, **decay)
+    opt = OPTIMIZERS[optimizer](model.parameters(), lr, max_norm=max_norm or None, **decay)
     factor = SCHEDULES[schedule](steps)
-    real = parameters[0].dtype
-    x, y = np.ascontiguousarray(x, real), np.ascontiguousarray(y, np.int64)
-    if teacher_logits is not None:
-        teacher_logits = np.ascontiguousarray(teacher_logits, real)
-
-    @compile(fallback=True)
-    def train_step(picked: Any, rate: Any) -> Any:
-        opt.lr = rate
-        logits, labels = model(F.take(x, picked)), F.take(y, picked)
-        if teacher_logits is None:
-            loss = F.cross_entropy(logits, labels)
-        else:
-            loss = F.distillation_loss(
-                logits,
-                F.take(teacher_logits, picked),
-                labels,
-                temperature=temperature,
-                hard_weight=hard_weight,
-                soft_weight=soft_weight,
-                ignore_index=UNLABELLED,
-            )
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        return loss
-
+    loss = {"temperature": temperature, "hard_weight": hard_weight, "soft_weight": soft_weight}
+    train = training_step(model, opt, x, y, teacher_logits, **loss)
     told = time.monotonic()
 
     def tell(epoch: int, within: int, total: float) -> None:
@@ -254,18 +229,46 @@ def fit(
 
     model.train()
     stream = endless_batches(rows, batch_size, seed)
-    with blas_threads_for(batch_size * max(p.size for p in parameters)):
+    with blas_threads_for(batch_size * max(p.size for p in model.parameters())):
         for epoch in range(epochs):
             within, total = 0, 0.0
             for _, group in itertools.groupby(itertools.islice(stream, per_epoch), len):
                 picked = np.stack(list(group))
                 first = epoch * per_epoch + within
                 rates = np.array([lr * factor(k) for k in range(first, first + len(picked))])
-                for losses in train_step.portions(picked, rates):
+                for losses in train.portions(picked, rates):
                     within, total = within + len(losses), total + float(losses.sum(dtype=np.float64))
                     tell(epoch, within, total)
-    _warn_of_slow_steps(train_step)
+    _warn_of_slow_steps(train)
     model.eval()
+
+
+def training_step(
+    model: Module, opt: Optimizer, x: np.ndarray, y: np.ndarray, teacher_logits: np.ndarray | None, **weights: Any
+) -> Step:
+    """A compiled step of `fit`: of the row numbers of a batch and the learning rate it makes the loss.
+
+    Features, labels and the teacher's logits stay where they are; the step gathers those of its rows.
+    """
+    real = opt.arena.values.dtype
+    x, y = np.ascontiguousarray(x, real), np.ascontiguousarray(y, np.int64)
+    soft = None if teacher_logits is None else np.ascontiguousarray(teacher_logits, real)
+
+    @compile(fallback=True)
+    def step(picked: Any, rate: Any) -> Any:
+        opt.lr = rate
+        logits, labels = model(F.take(x, picked)), F.take(y, picked)
+        if soft is None:
+            loss = F.cross_entropy(logits, labels)
+        else:
+            loss = F.distillation_loss(logits, F.take(soft, picked), labels, ignore_index=UNLABELLED, **weights)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        return loss
+
+    compiled: Step = step
+    return compiled
 
 
 def _warn_of_slow_steps(step: Step) -> None:
