@@ -103,6 +103,15 @@ class Step:
                     return returned
             return self._find_and_run(args, kwargs)
 
+    def replay(self, *args: Any) -> Any:
+        """The result if the plan that ran last takes these arguments and nobody else runs it, else NOT_RUN."""
+        if self._last is None or (anybody_records and recorder() is not None) or not self._lock.acquire(False):
+            return NOT_RUN
+        try:
+            return self._last.try_run(args)
+        finally:
+            self._lock.release()
+
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """A step that is a method: called with its object, which is part of what is recorded."""
         return self if instance is None else MethodType(self, instance)

@@ -251,7 +251,8 @@ class Variant:
         looks = self.looks
         if len(args) != len(looks) or ((self.layout != LAYOUT.version or not self.steady) and not self.fits()):
             return NOT_RUN
-        for value, (place, shape, dtype) in zip(args, looks, strict=False):
+        for k, value in enumerate(args):
+            place, shape, dtype = looks[k]
             if place is None:
                 if value is not shape:  # which holds what the argument was
                     return NOT_RUN
