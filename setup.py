@@ -121,7 +121,7 @@ def explanation(error: BaseException) -> str:
 
 native = Extension(
     "minikd._native",
-    sources=[str(CSRC / name) for name in ("blas.c", "dispatch.c", "parallel.c")],
+    sources=[str(CSRC / name) for name in ("blas.c", "dispatch.c", "memory.c", "parallel.c")],
     include_dirs=[str(CSRC)],
     depends=[str(path) for path in sorted(CSRC.glob("*.[ch]"))],
     py_limited_api=LIMITED_API,

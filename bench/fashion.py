@@ -30,7 +30,7 @@ from minikd.bench.machine import describe
 from minikd.bench.measure import order
 from minikd.bench.report import machine_text, markdown_table
 from minikd.bench.suite import add_readme_option, script, update_readmes
-from minikd.bench.worker import CONDITIONS
+from minikd.bench.worker import CONDITIONS, Condition, pinned
 from minikd.distillation import fit
 from minikd.export.safetensors import write_whole
 from minikd.report.table import Table, show
@@ -57,6 +57,8 @@ DISTILLERS = {
     "jax-stored": Distiller("JAX, logits stored, lax.scan", "jax_stored", "jax"),
 }
 OURS = "minikd"
+# One thread on one processor, which other programs disturb less; or each library's own number of threads.
+THREADS = {"1": CONDITIONS["one"], "all": CONDITIONS["alone"]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rows", type=int, help="take only so many training rows (default: all 55,000)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each; the medians count")
+    parser.add_argument("--threads", choices=list(THREADS), default="all", help="1 is on one processor (default: all)")
     parser.add_argument("--data", default="fashion-mnist", help="whatever minikd.data.load takes")
     parser.add_argument("--teacher", metavar="FILE.npz", help="weights and biases in turn, as (outputs, inputs)")
     parser.add_argument("--out", metavar="FILE.json", help="where the figures go")
@@ -85,12 +88,12 @@ def run(options: argparse.Namespace) -> int:
         task.save(file)
         for number in range(options.rounds):
             for key in order(chosen, number):
-                runs[key].append(measure(DISTILLERS[key].module, file))
+                runs[key].append(measure(DISTILLERS[key].module, file, THREADS[options.threads]))
                 print(f"{DISTILLERS[key].label}: {runs[key][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
     report = {
-        "machine": describe(),
+        "machine": describe(("numpy", "torch", "jax", "jaxlib")),
         "missing": [key for key in DISTILLERS if key not in able],
-        "settings": {"epochs": options.epochs, "rows": len(task.x), "rounds": options.rounds},
+        "settings": {"rows": len(task.x), **{n: getattr(options, n) for n in ("epochs", "rounds", "threads")}},
         "array_bytes": sum(a.nbytes for a in task.arrays.values()),
         "runs": runs,
     }
@@ -133,12 +136,13 @@ def trained_teacher(data: Any) -> list[np.ndarray]:
 # --- what is measured ---
 
 
-def measure(module: str, file: Path) -> dict[str, Any]:
-    """Run one distiller in a process of its own, with its libraries' own numbers of threads."""
-    environment = CONDITIONS["alone"].environment()
+def measure(module: str, file: Path, condition: Condition) -> dict[str, Any]:
+    """Run one distiller in a process of its own."""
+    environment = condition.environment()
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment["PYTHONPATH"]])
     command = [sys.executable, "-m", "distillers.run", module, str(file)]
-    said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    with pinned(condition.processors()):
+        said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     figures: dict[str, Any] = json.loads(said.splitlines()[-1])
     return figures
 
@@ -164,9 +168,10 @@ def markdown(report: Mapping[str, Any], names: Sequence[str] = ()) -> str:
     """How it was measured, and the table."""
     settings = report["settings"]
     arrays = f"Of the memory, {report['array_bytes'] / 1e6:,.0f} MB are the arrays themselves."
+    threads = "one thread each" if settings["threads"] == "1" else "each with its own number of threads"
     how = (
         f"{settings['rows']:,} rows, {settings['epochs']} epochs, batches of {BATCH}, Adam at {LR}; medians of "
-        f"{settings['rounds']} runs, in which all take turns. {arrays}"
+        f"{settings['rounds']} runs, in which all take turns, {threads}. {arrays}"
     )
     table = markdown_table(*summary(report))
     return "\n\n".join([machine_text({**report, "cases": [], "missing": {}}), how, table])

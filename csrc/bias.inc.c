@@ -304,14 +304,14 @@ static int64_t run_backward(minikd_part *part, const minikd_call *call, double n
     backward_work work = {call, v, b, (m + COLUMNS - 1) / COLUMNS, minikd_grain(n, ns * (double)width, 1), NULL};
     const int64_t bands = n > work.band ? (n + work.band - 1) / work.band : 1, tiles = bands * work.blocks;
     if (call->buffer[1] && bands > 1) {
-        work.sums = malloc((size_t)(bands * m) * sizeof(double));
+        work.sums = minikd_take_memory((size_t)(bands * m) * sizeof(double));
         if (!work.sums)
             return MINIKD_NO_MEMORY;
     }
     minikd_parallel(part, &work, tiles, minikd_grain(tiles, ns * (double)(smaller(work.band, n) * width), 1));
     if (work.sums)
         add_bands(call->buffer[1], work.sums, bands, m);
-    free(work.sums);
+    minikd_give_memory(work.sums);
     return MINIKD_DONE;
 }
 

@@ -61,6 +61,7 @@ const minikd_entry MINIKD_TABLE[] = {
     {"copy", copy},
     {"scale", scale},
     {"scale_vjp", scale_vjp},
+    {"standardise", standardise},
     {"advance", advance},
     {"set_scalar", set_scalar},
     {"argmax", argmax},

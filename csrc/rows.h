@@ -8,7 +8,7 @@
 #ifndef MINIKD_ROWS_H
 #define MINIKD_ROWS_H
 
-#include <stdlib.h>
+#include "memory.h"
 #ifdef __AVX__
 #include <immintrin.h>
 #elif defined(__SSE2__)
@@ -72,13 +72,13 @@ static double in_order(const double *partial, int64_t count, int64_t grain)
 /* `here` if a row of c fits into it, else memory of its own; NULL if there is none. */
 static real *scratch(real *here, int64_t here_size, int64_t size)
 {
-    return size <= here_size ? here : malloc((size_t)size * sizeof(real));
+    return size <= here_size ? here : minikd_take_memory((size_t)size * sizeof(real));
 }
 
 static void release(real *memory, const real *here)
 {
     if (memory != here)
-        free(memory);
+        minikd_give_memory(memory);
 }
 
 /* --- memory and caches --- */

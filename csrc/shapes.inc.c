@@ -167,3 +167,25 @@ static int64_t scale_vjp(const minikd_call *call)
 {
     return scaled(call->buffer[0], call->buffer[1], call->buffer[4], call->size[0]);
 }
+
+static void standardise_part(void *shared, int64_t first, int64_t end)
+{
+    const minikd_call *call = shared;
+    const real *mean = call->buffer[2], *deviation = call->buffer[3];
+    const int64_t m = call->size[1];
+    for (int64_t i = first; i < end; i++) {
+        real *y = (real *)call->buffer[0] + i * m;
+        const real *x = (const real *)call->buffer[1] + i * m;
+        SIMD
+        for (int64_t j = 0; j < m; j++)
+            y[j] = (x[j] - mean[j]) / deviation[j];
+    }
+}
+
+/* y = (x - mean) / deviation, column by column */
+static int64_t standardise(const minikd_call *call)
+{
+    const int64_t n = call->size[0], m = call->size[1];
+    minikd_parallel(standardise_part, (void *)call, n, minikd_grain(n, 2 * ADD_NS * (double)m, 1));
+    return MINIKD_DONE;
+}

@@ -67,12 +67,12 @@ static void softmax_rows(void *shared, int64_t first, int64_t end)
 {
     const softmax_rows_of *job = shared;
     const int64_t c = job->c;
-    real *memory = too_large_for_caches(job->n * c) ? malloc((size_t)c * sizeof(real)) : NULL;
+    real *memory = too_large_for_caches(job->n * c) ? minikd_take_memory((size_t)c * sizeof(real)) : NULL;
     for (int64_t i = first; c <= NARROW && i < end; i += LANES)
         softmax_tile(job->y + i * c, job->x + i * c, c, smaller(end - i, LANES), &job->s);
     for (int64_t i = first; c > NARROW && i < end; i++)
         softmax_row(job->y + i * c, job->x + i * c, c, &job->s, memory);
-    free(memory);
+    minikd_give_memory(memory);
     settled();
 }
 

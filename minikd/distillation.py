@@ -26,9 +26,9 @@ from minikd.data import Dataset, batches, load
 from minikd.errors import ArgumentError, ShapeError
 from minikd.kernels import BACKENDS, current_backend, use_backend
 from minikd.kernels.threads import blas_threads_for
-from minikd.nn import MLP, Module
+from minikd.nn import MLP, ROWS_AT_A_TIME, Module
 from minikd.ops.elementwise import ACTIVATIONS
-from minikd.optim import OPTIMIZERS, SCHEDULES
+from minikd.optim import OPTIMIZERS, SCHEDULES, Optimizer
 from minikd.steps import Step, compile
 
 __all__ = ["DistillResult", "Experiment", "Progress", "Settings", "compare", "distill", "fit", "full_sizes"]
@@ -214,35 +214,10 @@ def fit(
     per_epoch = math.ceil(len(x) / batch_size)
     steps = epochs * per_epoch
     decay = {"weight_decay": weight_decay} if weight_decay else {}
-    parameters = model.parameters()
-    opt = OPTIMIZERS[optimizer](parameters, lr, max_norm=max_norm or None, **decay)
+    opt = OPTIMIZERS[optimizer](model.parameters(), lr, max_norm=max_norm or None, **decay)
     factor = SCHEDULES[schedule](steps)
-    real = parameters[0].dtype
-    x, y = np.ascontiguousarray(x, real), np.ascontiguousarray(y, np.int64)
-    if teacher_logits is not None:
-        teacher_logits = np.ascontiguousarray(teacher_logits, real)
-
-    @compile(fallback=True)
-    def train_step(picked: Any, rate: Any) -> Any:
-        opt.lr = rate
-        logits, labels = model(F.take(x, picked)), F.take(y, picked)
-        if teacher_logits is None:
-            loss = F.cross_entropy(logits, labels)
-        else:
-            loss = F.distillation_loss(
-                logits,
-                F.take(teacher_logits, picked),
-                labels,
-                temperature=temperature,
-                hard_weight=hard_weight,
-                soft_weight=soft_weight,
-                ignore_index=UNLABELLED,
-            )
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        return loss
-
+    loss = {"temperature": temperature, "hard_weight": hard_weight, "soft_weight": soft_weight}
+    train = training_step(model, opt, x, y, teacher_logits, **loss)
     told = time.monotonic()
 
     def tell(epoch: int, within: int, total: float) -> None:
@@ -254,17 +229,46 @@ def fit(
 
     model.train()
     stream = endless_batches(rows, batch_size, seed)
-    for epoch in range(epochs):
-        within, total = 0, 0.0
-        for _, group in itertools.groupby(itertools.islice(stream, per_epoch), len):
-            picked = np.stack(list(group))
-            first = epoch * per_epoch + within
-            rates = np.array([lr * factor(k) for k in range(first, first + len(picked))])
-            for losses in train_step.portions(picked, rates):
-                within, total = within + len(losses), total + float(losses.sum(dtype=np.float64))
-                tell(epoch, within, total)
-    _warn_of_slow_steps(train_step)
+    with blas_threads_for(batch_size * max(p.size for p in model.parameters())):
+        for epoch in range(epochs):
+            within, total = 0, 0.0
+            for _, group in itertools.groupby(itertools.islice(stream, per_epoch), len):
+                picked = np.stack(list(group))
+                first = epoch * per_epoch + within
+                rates = np.array([lr * factor(k) for k in range(first, first + len(picked))])
+                for losses in train.portions(picked, rates):
+                    within, total = within + len(losses), total + float(losses.sum(dtype=np.float64))
+                    tell(epoch, within, total)
+    _warn_of_slow_steps(train)
     model.eval()
+
+
+def training_step(
+    model: Module, opt: Optimizer, x: np.ndarray, y: np.ndarray, teacher_logits: np.ndarray | None, **weights: Any
+) -> Step:
+    """A compiled step of `fit`: of the row numbers of a batch and the learning rate it makes the loss.
+
+    Features, labels and the teacher's logits stay where they are; the step gathers those of its rows.
+    """
+    real = opt.arena.values.dtype
+    x, y = np.ascontiguousarray(x, real), np.ascontiguousarray(y, np.int64)
+    soft = None if teacher_logits is None else np.ascontiguousarray(teacher_logits, real)
+
+    @compile(fallback=True)
+    def step(picked: Any, rate: Any) -> Any:
+        opt.lr = rate
+        logits, labels = model(F.take(x, picked)), F.take(y, picked)
+        if soft is None:
+            loss = F.cross_entropy(logits, labels)
+        else:
+            loss = F.distillation_loss(logits, F.take(soft, picked), labels, ignore_index=UNLABELLED, **weights)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        return loss
+
+    compiled: Step = step
+    return compiled
 
 
 def _warn_of_slow_steps(step: Step) -> None:
@@ -460,20 +464,10 @@ class Experiment:
         """Train everything; an exception or Ctrl-C passes through, and `result` then holds what was complete."""
         self._started = time.monotonic()
         try:
-            with blas_threads_for(self._largest_product()):
-                for seed in self.settings.seeds:
-                    self._run_seed(seed)
+            for seed in self.settings.seeds:
+                self._run_seed(seed)
         finally:
             self._seconds = time.monotonic() - self._started
-
-    def _largest_product(self) -> int:
-        """Multiply-adds of the largest matrix product in a step of any model that is trained here."""
-        trained = [self.settings.student] if self._student is None else []
-        trained += [self.settings.teacher] if self._teacher is None else []
-        weights = [a * b for hidden in trained for a, b in itertools.pairwise(self._sizes(hidden))]
-        if self._student is not None:
-            weights += [p.size for p in self._student.parameters()]
-        return self.settings.batch_size * max(weights, default=0)
 
     def _run_seed(self, seed: int) -> None:
         data = self.dataset
@@ -569,8 +563,11 @@ class Experiment:
         """The teacher's logits of normalised inputs x; a teacher that was given gets raw features."""
         if teacher is not self._teacher:
             return _logits(teacher, x)
-        raw = self.dataset.raw(x)
-        return np.ascontiguousarray(teacher.logits(raw) if isinstance(teacher, Module) else teacher(raw), np.float32)
+        if not isinstance(teacher, Module):
+            return np.ascontiguousarray(teacher(self.dataset.raw(x)), np.float32)
+        starts = range(0, len(x), ROWS_AT_A_TIME)  # so that the raw features are never there as a whole
+        pieces = [teacher.logits(self.dataset.raw(x[k : k + ROWS_AT_A_TIME])) for k in starts]
+        return np.concatenate(pieces).astype(np.float32, copy=False)
 
     # --- one training ---
 
@@ -767,11 +764,7 @@ def parameters_of(sizes: Sequence[int]) -> int:
 
 def _logits(model: Any, x: np.ndarray) -> np.ndarray:
     """The model's logits of inputs that are normalised already."""
-    normalisation, model.normalisation = model.normalisation, None
-    try:
-        return model.logits(x)
-    finally:
-        model.normalisation = normalisation
+    return model.logits(x, normalised=True)
 
 
 # --- the function ---

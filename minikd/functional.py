@@ -11,6 +11,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from minikd import tensor
 from minikd.errors import ArgumentError, ShapeError, bad_temperature
 from minikd.kernels import as_real, evaluate, recall
-from minikd.kernels.recording import Traced, plain, traced
+from minikd.kernels.recording import Traced, note_check, note_constant, plain, recorder, refuse, traced
 from minikd.ops import OPS
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.tape import no_grad
@@ -41,6 +42,7 @@ __all__ = [
     "relu",
     "sigmoid",
     "softmax",
+    "standardise",
     "take",
     "take_scaled",
     "tanh",
@@ -91,6 +93,7 @@ def _finite(where: str, argument: str, value: Any) -> Any:
     """A finite number as a float or as the array that holds it; anything else is refused."""
     if _is_buffer(value):
         _finite(where, argument, float(plain(value)))
+        note_check(value, partial(_finite, where, argument))
         return value
     return _between(where, argument, value, -sys.float_info.max, sys.float_info.max, "a finite number")
 
@@ -221,6 +224,9 @@ def _rows_function(name: str, x: Any, axis: int, temperature: Any) -> Any:
         expected = f"an axis of an array with {array.ndim} axes"
         raise ArgumentError(name, "axis", expected=expected, got=repr(axis))
     rows = (math.prod(array.shape) // array.shape[axis], array.shape[axis])
+    if not isinstance(x, Tensor) and recorder() is not None:
+        with no_grad():  # the axes are moved by operations too
+            return traced(_rows_function(name, Tensor.of(array), axis, t).array)
     if not isinstance(x, Tensor):
         moved = np.moveaxis(array, axis, -1)
         (y,), _ = evaluate(OPS[name], [moved.reshape(rows), t], {})
@@ -716,8 +722,22 @@ def take_scaled(x: Any, rows: Any, scale: Any, shift: Any) -> Any:
     ArgumentError : a row number outside 0 … n - 1.  DTypeError : x is not uint8.  ShapeError : shapes do not fit.
     """
     columns = np.shape(x)[1:]
-    scale, shift = (np.full(columns, v, np.float32) if np.ndim(v) == 0 else v for v in (scale, shift))
+    scale, shift = (_for_columns(v, columns) for v in (scale, shift))
     return evaluate(OPS["take_scaled"], [x, rows, scale, shift], {})[0][0]
+
+
+def standardise(x: Any, mean: Any, deviation: Any) -> Any:
+    """(x - mean) / deviation for features x (n, m) of m columns; no gradient flows through it."""
+    return evaluate(OPS["standardise"], [x, mean, deviation], {})[0][0]
+
+
+def _for_columns(value: Any, columns: tuple[int, ...]) -> Any:
+    """A number for each column: the array that was given, or one full of the number that was."""
+    if np.ndim(value):
+        return value
+    if isinstance(value, np.ndarray):
+        refuse("a number in an array", "Give take_scaled Python numbers, or arrays with a number for each column.")
+    return note_constant(np.full(columns, plain(value), np.float32))
 
 
 def concatenate(tensors: Sequence[Any], axis: int = 0) -> Any:

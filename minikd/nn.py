@@ -12,11 +12,12 @@ import numpy as np
 from minikd import functional as F
 from minikd.errors import ArgumentError, ShapeError
 from minikd.kernels import FLOATS, as_real, run
-from minikd.kernels.recording import LAYOUT, Recorder, recorder, refuse_reading
+from minikd.kernels.recording import LAYOUT, Recorder, recorder, refuse, refuse_reading, traced
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.steps import Step
 from minikd.tape import no_grad
 from minikd.tensor import Tensor
+from minikd.variant import NOT_RUN
 
 __all__ = [
     "GELU",
@@ -153,6 +154,8 @@ class Module:
         raise ArgumentError("Module", "features", expected="asked of a Sequential", got=type(self).__name__)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor | np.ndarray):
+            refuse("a tensor or an array put into a module", "Return it from the step, and keep it outside.")
         object.__setattr__(self, name, value)
         LAYOUT.changed()
 
@@ -164,7 +167,7 @@ class Module:
         """A plan holds for the parts, parameters and modes that it was recorded with."""
         for _, module in self.named_modules():
             for name, value in vars(module).items():
-                if value is None or isinstance(value, Module | Tensor | tuple | bool):
+                if value is None or isinstance(value, _GUARDED):
                     writing.guard(module, name)
 
     # --- parts and parameters ---
@@ -238,64 +241,118 @@ class Module:
 
     # --- use ---
 
-    def logits(self, x: Any) -> np.ndarray:
-        """Raw scores (n, c) of raw features x (n, k) or (k,): normalised first, without dropout or gradients."""
+    def logits(self, x: Any, *, normalised: bool = False) -> np.ndarray:
+        """Raw scores (n, c) of raw features x (n, k) or (k,): normalised first, without dropout or gradients.
+
+        `normalised` says that x is on the network's own scale already.
+        """
+        return self._predicted("scores" if normalised else "logits", x)
+
+    def predict_proba(self, x: Any, temperature: float = 1.0) -> np.ndarray:
+        """Class probabilities (n, c) of raw features x (n, k)."""
+        return self._predicted("probabilities", x, temperature)
+
+    def predict(self, x: Any) -> np.ndarray:
+        """The most probable class id of each row of raw features x (n, k)."""
+        return self._predicted("classes", x)
+
+    def _predicted(self, what: str, x: Any, *settings: Any) -> np.ndarray:
+        """`_Predictor.forms[what]` of x, in pieces of ROWS_AT_A_TIME rows."""
         predictor = self._predictor
         if predictor is None:
             predictor = _Predictor(self)
             object.__setattr__(self, "_predictor", predictor)
+        elif predictor.version == LAYOUT.version:  # nothing was rearranged: the plan of the last time may do
+            found = predictor.forms[what].replay(x, *settings)
+            if found is not NOT_RUN:
+                return found
         if type(x) is np.ndarray and x.ndim == 2 and 0 < len(x) <= ROWS_AT_A_TIME and x.dtype in FLOATS:
-            return predictor(x)
+            return predictor(what, x, settings)
         array = as_real("logits", "x", x.array if isinstance(x, Tensor) else x)
         rows = array[None] if array.ndim == 1 else array.reshape(len(array), math.prod(array.shape[1:]))
-        pieces = [predictor(rows[k : k + ROWS_AT_A_TIME]) for k in range(0, max(len(rows), 1), ROWS_AT_A_TIME)]
-        scores = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        return scores[0] if array.ndim == 1 else scores
+        starts = range(0, max(len(rows), 1), ROWS_AT_A_TIME)
+        pieces = [predictor(what, rows[k : k + ROWS_AT_A_TIME], settings) for k in starts]
+        if len(pieces) > 1:
+            refuse("predictions for so many rows", f"Give {ROWS_AT_A_TIME} at most, or call the model on a tensor.")
+        found = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return found[0] if array.ndim == 1 else found
 
-    def predict_proba(self, x: Any, temperature: float = 1.0) -> np.ndarray:
-        """Class probabilities (n, c) of raw features x (n, k)."""
-        scores = self.logits(x)
-        return F.softmax(scores, temperature=temperature) if scores.size else scores
 
-    def predict(self, x: Any) -> np.ndarray:
-        """The most probable class id of each row of raw features x (n, k)."""
-        return self.logits(x).argmax(axis=-1)
+# Kinds of attributes that a plan depends on, beside None: another value makes another plan.
+_GUARDED = Module | Tensor | np.ndarray | tuple | bool | int | float | str
 
 
 class _Predictor:
-    """A module in use: its logits of raw features, without dropout or gradients, by a plan for each number of rows."""
+    """A module in use, without dropout or gradients, by plans for each number of rows that comes twice."""
 
     def __init__(self, module: Module) -> None:
+        forms: dict[str, Callable[..., Any]] = {
+            "scores": self._scores,
+            "logits": self._of_raw,
+            "probabilities": lambda rows, t: F.softmax(self._of_raw(rows), temperature=t),
+            "classes": lambda rows: F.argmax(self._of_raw(rows)),
+        }
         self.module = module
-        self.step = Step(module.forward, fallback=True, differentiable=False)
+        self.forms = {name: Step(form, fallback=True, differentiable=False) for name, form in forms.items()}
         self.version = -1  # of LAYOUT, when all parts were last seen in evaluation mode
         self.dtype: Any = None
+        self.scale: tuple[Any, ...] | None = None  # mean and deviation of the features in this dtype
+        self._scale_of: Any = None
 
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        module = self.module
-        if module.normalisation is not None:
-            rows = module.normalisation.apply(rows)
+    def __call__(self, what: str, rows: np.ndarray, settings: Sequence[Any]) -> np.ndarray:
         if self.version != LAYOUT.version:
-            return self._in_evaluation_mode(rows)
-        return self._scores(rows)
+            return self._in_evaluation_mode(what, rows, settings)
+        if rows.dtype != self.dtype:
+            rows = rows.astype(self.dtype)
+        if not len(rows) and what in ("probabilities", "classes"):
+            scores = self.forms["logits"](rows)  # the kernels of rows of classes refuse to have none
+            return scores.argmax(axis=1) if what == "classes" else scores
+        found: np.ndarray = self.forms[what](rows, *settings)
+        return found
 
-    def _scores(self, rows: np.ndarray) -> np.ndarray:
-        scores = self.step(rows if rows.dtype == self.dtype else rows.astype(self.dtype))
-        return scores.array if isinstance(scores, Tensor) else scores
+    def _of_raw(self, rows: Any) -> Any:
+        writing = recorder()
+        if writing is not None:
+            writing.guard(self, "scale")
+            writing.guard(self.module, "normalisation")
+        return self._scores(rows if self.scale is None else F.standardise(rows, *self.scale))
 
-    def _in_evaluation_mode(self, rows: np.ndarray) -> np.ndarray:
+    def _scores(self, rows: Any) -> Any:
+        writing = recorder()
+        if writing is not None:
+            self.module._guard_parts(writing)
+        return _values(self.module.forward(rows))
+
+    def _in_evaluation_mode(self, what: str, rows: np.ndarray, settings: Sequence[Any]) -> np.ndarray:
         """Switch off the training mode of those parts that are in it, and remember if there were none."""
-        parameters, modules = self.module.parameters(), [m for _, m in self.module.named_modules()]
-        self.dtype = parameters[0].dtype if parameters else rows.dtype
+        module = self.module
+        parameters, modules = module.parameters(), [m for _, m in module.named_modules()]
+        dtype = parameters[0].dtype if parameters else rows.dtype
+        if self._scale_of is not module.normalisation or self.dtype != dtype:
+            self._scale_of, self.dtype, given = module.normalisation, dtype, module.normalisation
+            columns = rows.shape[1]
+            vectors = () if given is None else (given.mean, given.deviation)
+            self.scale = tuple(_for_columns(v, columns, dtype) for v in vectors) or None
         training = [m for m in modules if m.training]
-        self.version = -1 if training else LAYOUT.version
         try:
             for m in training:
                 m.training = False
-            return self._scores(rows)
+            self.version = LAYOUT.version
+            return self(what, rows, settings)
         finally:
             for m in training:
                 m.training = True
+
+
+def _values(scores: Any) -> Any:
+    """What a forward function returned, as an array."""
+    return traced(scores.array) if isinstance(scores, Tensor) else scores
+
+
+def _for_columns(values: Any, columns: int, dtype: Any) -> np.ndarray:
+    """A number for each column, of this dtype; a single number is for all of them."""
+    array = np.ascontiguousarray(values, dtype)
+    return np.full(columns, array.item()).astype(dtype) if array.size == 1 else array
 
 
 class Linear(Module):

@@ -11,7 +11,7 @@ import numpy as np
 
 from minikd.errors import ArgumentError, TapeError
 from minikd.kernels import run
-from minikd.kernels.recording import note_constant, plain, recorder, refuse_reading
+from minikd.kernels.recording import LAYOUT, note_check, note_constant, plain, recorder, refuse_reading
 from minikd.nn import Arena
 from minikd.tensor import Tensor
 
@@ -52,6 +52,11 @@ class Optimizer:
         self._steps = np.zeros((), np.int64)
         self.state = {n: np.zeros_like(self.arena.values) for n in self.state_names}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name != "lr":  # which is a buffer that plans read
+            LAYOUT.changed()
+
     @property
     def lr(self) -> float:
         refuse_reading("the learning rate")
@@ -59,11 +64,17 @@ class Optimizer:
 
     @lr.setter
     def lr(self, value: Any) -> None:
-        _require(type(self).__name__, "lr", value, 0 <= float(plain(value)) < math.inf, "a finite number from 0")
+        self._check_lr(value)
         if recorder() is None:
             self._lr[...] = value
         else:
+            if isinstance(value, np.ndarray):
+                note_check(value, self._check_lr)
             run("set_scalar", self._lr, value if isinstance(value, np.ndarray) else float(value))
+
+    def _check_lr(self, value: Any) -> None:
+        value = float(plain(value)) if isinstance(value, np.ndarray) else value
+        _require(type(self).__name__, "lr", value, 0 <= float(value) < math.inf, "a finite number from 0")
 
     @property
     def steps(self) -> int:
@@ -82,6 +93,10 @@ class Optimizer:
         ------
         TapeError : no parameter has a gradient, so that backward was probably forgotten.
         """
+        writing = recorder()
+        if writing is not None:
+            for name in ("arena", "attrs", "state", "max_norm"):
+                writing.guard(self, name)
         parameters = self.arena.parameters
         without = [p for p in parameters if not p.has_gradient]
         if len(without) == len(parameters):

@@ -9,7 +9,8 @@ are read from them afterwards, so that no plan ever looks at memory that somebod
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,18 +83,29 @@ def share_in_place(calls: Sequence[Recorded], spans: dict[int, Span], sizes: dic
         op = OPS.get(call.name)
         if op is None or not op.may_alias or call.buffers[0] is None:
             continue
-        out = call.buffers[0].storage
-        inputs = zip(op.inputs, call.buffers[len(call.buffers) - len(op.inputs) :], strict=True)
+        whole, out = call.buffers[0], call.buffers[0].storage
+        inputs = list(zip(op.inputs, call.buffers[len(call.buffers) - len(op.inputs) :], strict=True))
         for argument, b in inputs:
-            if b is None or argument.name not in op.may_alias or out not in spans or b.storage not in spans:
+            if b is None or argument.name not in op.may_alias or out not in spans:
                 continue
             owner = root.get(b.storage, b.storage)
+            if owner not in spans or (b.offset, _bytes(b)) != (whole.offset, _bytes(whole)):
+                continue
+            # nothing else in this call may look at that memory, unless it is read element by element too
+            others = [(a, c) for a, c in zip(op.buffers, call.buffers, strict=True) if c is not None and c is not b]
+            of_owner = [(a, c) for a, c in others if root.get(c.storage, c.storage) == owner]
+            if not all(c == b and a.name in op.may_alias for a, c in of_owner):
+                continue
             dies = spans[owner].last == k and spans[out].first == k and sizes[owner] == sizes[out]
             if dies and owner != out:
                 root[out] = owner
                 spans[owner] = Span(spans[owner].first, spans.pop(out).last)
                 break
     return root
+
+
+def _bytes(b: Buffer) -> int:
+    return math.prod(b.shape) * int(b.dtype.itemsize)
 
 
 def _origins(recorder: Recorder, calls: Sequence[Recorded], parameters: set[int]) -> list[str]:
@@ -128,20 +140,23 @@ class Plan:
     ----------
     recorder : what the step did.
     results : arrays of the step that are wanted after a run.
+    lasting : others that are looked at after a run, and not copied; gradients of leaves for example.
 
     Attributes
     ----------
     arguments : the arrays into which a run's arguments are copied.
-    results : where the results are after a run.
+    results, lasting : where those are after a run.
     calls : what is run, in order, for those who want to look (`minikd.explain`); `arrays` are the buffers of each,
         `bound` runs each, `origins` says where each storage is from.
-    parts : the same in as few calls as possible.
+    parts : the same in as few calls as possible.  start : runs once, and returns what `refuse` turns into an error if
+        it is not 0.
     memory : see `Memory`.
+    rounds_done : how many runs the last `repeat` completed.
     """
 
-    def __init__(self, recorder: Recorder, results: Sequence[Any]) -> None:
+    def __init__(self, recorder: Recorder, results: Sequence[Any], lasting: Sequence[Any] = ()) -> None:
         self.calls, storages = list(recorder.calls), recorder.storages
-        wanted = [recorder.place(array) for array in results]
+        wanted = [recorder.place(array) for array in (*results, *lasting)]
         made = [k for k, s in enumerate(storages) if s.kind == MADE]
         sizes = {k: aligned(storages[k].owner.nbytes) for k in made}
         spans = spans_of(self.calls, made, [b.storage for b in wanted])
@@ -161,23 +176,27 @@ class Plan:
             if storages[b.storage].kind != MADE:
                 return recorder.arrays[b]
             start = place[root.get(b.storage, b.storage)] + b.offset
-            size = int(np.prod(b.shape)) * b.dtype.itemsize
-            return block[start : start + size].view(b.dtype).reshape(b.shape)
+            return np.ndarray(b.shape, b.dtype, block, start, b.strides)
 
         self.arguments = [s.owner for s in storages if s.kind == ARGUMENT]
-        self.results = [array_at(b) for b in wanted]
+        found = [array_at(b) for b in wanted]
+        self.results, self.lasting = found[: len(results)], found[len(results) :]
         self.arrays = [tuple(array_at(b) for b in call.buffers) for call in self.calls]
         self.bound = [bind(c.name, *arrays, **c.attrs) for c, arrays in zip(self.calls, self.arrays, strict=True)]
         self.parts: list[Call] = join(self.bound)
         parameters = {recorder.place(tensor.array).storage for tensor in recorder.changed}
         changes = (k for k, c in enumerate(self.calls) if any(b.storage in parameters for b in written(c)))
         self._first_change = next(changes, len(self.calls))
+        single = self.parts[0] if len(self.parts) == 1 else None
+        self.start: Callable[[], int] = getattr(single, "start", self._run_parts)
+        self.rounds_done = 0
         self.origins = _origins(recorder, self.calls, parameters)
 
     @property
     def one_call(self) -> bool:
-        """Whether a run is a single call of C."""
-        return len(self.parts) == 1 and hasattr(self.parts[0], "repeat")
+        """Whether runs can be repeated by a single call of C."""
+        whole = all(r.flags.c_contiguous for r in self.results)
+        return len(self.parts) == 1 and hasattr(self.parts[0], "repeat") and whole
 
     def run(self) -> None:
         """Run once on what the arguments hold.
@@ -187,12 +206,28 @@ class Plan:
         MinikdError : a kernel refuses what it was given, a label out of range for example; a note says whether
             parameters had changed by then.
         """
+        status = self.start()
+        if status:
+            self.refuse(status)
+
+    def refuse(self, status: int) -> None:
+        """Raise what it means that `start` returned this."""
+        only: Any = self.parts[0]
+        try:
+            only.refuse(status)
+        except Exception as error:
+            error.add_note(self._state_after(only.calls_done))
+            raise
+
+    def _run_parts(self) -> int:
+        part: Any = None
         try:
             for part in self.parts:
                 part()
         except Exception as error:
-            error.add_note(self._state_after(self._stopped_at()))
+            error.add_note(self._state_after(self._stopped_in(part)))
             raise
+        return 0
 
     def repeat(self, arguments: Sequence[Any], results: Sequence[Any], rounds: int) -> None:
         """Run `rounds` times: in round r on ``argument[r]`` of each, writing each result to ``result[r]``.
@@ -200,25 +235,29 @@ class Plan:
         Parameters
         ----------
         arguments, results : arrays of the shapes and dtypes of the plan's own, with one more axis in front.
+
+        Raises
+        ------
+        MinikdError : as `run`; `rounds_done` says in which round.
         """
         if self.one_call:
+            only: Any = self.parts[0]
+            pairs = [*zip(self.arguments, arguments, strict=True)], [*zip(results, self.results, strict=True)]
             try:
-                self.parts[0].repeat(  # type: ignore[attr-defined]
-                    list(zip(self.arguments, arguments, strict=True)),
-                    list(zip(results, self.results, strict=True)),
-                    rounds,
-                )
+                only.repeat(*pairs, rounds)
             except Exception as error:
-                error.add_note(f"It is step {self.parts[0].rounds_done} of the {rounds} in this call.")  # type: ignore[attr-defined]
-                error.add_note(self._state_after(self._stopped_at()))
+                error.add_note(self._state_after(self._stopped_in(only)))
                 raise
+            finally:
+                self.rounds_done = only.rounds_done
             return
-        for r in range(rounds):
+        for self.rounds_done in range(rounds):
             for place, argument in zip(self.arguments, arguments, strict=True):
-                place[...] = argument[r]
+                place[...] = argument[self.rounds_done]
             self.run()
             for place, result in zip(self.results, results, strict=True):
-                result[r] = place
+                result[self.rounds_done] = place
+        self.rounds_done = rounds
 
     def explain(self, timed: bool = True) -> str:
         """See `minikd.explain.explain`."""
@@ -228,9 +267,10 @@ class Plan:
         """See `minikd.explain.dot`."""
         return str(importlib.import_module("minikd.explain").dot(self))
 
-    def _stopped_at(self) -> int:
-        """The number of calls that the run under way has completed, or more."""
-        return getattr(self.parts[0], "calls_done", 0) if len(self.parts) == 1 else len(self.calls)
+    def _stopped_in(self, part: Any) -> int:
+        """The number of calls that the run under way has completed, when this part refused to go on."""
+        before = self.parts[: next(k for k, p in enumerate(self.parts) if p is part)]
+        return sum(len(getattr(p, "calls", "1")) for p in before) + getattr(part, "calls_done", 0)
 
     def _state_after(self, done: int) -> str:
         if done <= self._first_change:

@@ -16,32 +16,20 @@ arguments (parameters, optimizer state, data) is read where it is, so a learning
 from __future__ import annotations
 
 import functools
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
 from typing import Any
 
 import numpy as np
-from numpy import ndarray
 
 from minikd.errors import ArgumentError, DTypeError, PlanError, ShapeError
-from minikd.kernels import FLOATS, in_use
-from minikd.kernels.recording import (
-    LAYOUT,
-    Guard,
-    Recorder,
-    Traced,
-    anybody_records,
-    content,
-    plain,
-    recorder,
-    recording,
-    refuse,
-)
+from minikd.kernels import in_use
+from minikd.kernels.recording import anybody_records, recorder, refuse
 from minikd.plan import Plan
-from minikd.tape import is_recording, no_grad
-from minikd.tensor import Tensor
+from minikd.tape import no_grad
+from minikd.variant import NOT_RUN, Options, Variant, array_of, is_data, leaves_of, look_of_argument, place_for, rebuilt
 
 __all__ = ["Step", "compile"]
 
@@ -83,241 +71,6 @@ def compile(step: Callable[..., Any] | None = None, *, fallback: bool = False, c
     return Step(step, fallback=fallback, confirm=confirm)
 
 
-# --- arguments ---
-
-
-def _is_data(value: Any) -> bool:
-    """Whether an argument is data that may change from call to call."""
-    if isinstance(value, Tensor):
-        return not value.requires_grad and value.node is None
-    return isinstance(value, np.ndarray)
-
-
-def _look(value: Any) -> Any:
-    """What a plan depends on of an argument: shape and dtype of data, anything else as it is."""
-    if _is_data(value):
-        return type(value) is Tensor, value.shape, value.dtype
-    if isinstance(value, Tensor):
-        return id(value)
-    try:
-        hash(value)
-    except TypeError:
-        expected, fix = "an array, a tensor, or a value that can be a dictionary's key", "Give each array by itself."
-        raise PlanError("compile", "an argument", expected=expected, got=type(value).__name__, fix=fix) from None
-    return value, type(value)
-
-
-def _place_for(value: Any) -> Any:
-    """An array of the plan's own for an argument: floats as they are (64 bits without axes), whole numbers as int64."""
-    array = value.array if isinstance(value, Tensor) else value
-    kind = array.dtype.kind
-    if kind == "f":
-        dtype = np.float64 if array.ndim == 0 else array.dtype if array.dtype in FLOATS else np.float32
-    elif kind in "iub":
-        dtype = np.uint8 if array.dtype == np.uint8 else np.int64
-    else:
-        expected = "an array of floats or whole numbers"
-        raise DTypeError("compile", "an argument", expected=expected, got=str(array.dtype))
-    return np.empty(array.shape, dtype)
-
-
-# --- results ---
-
-
-Leaf = Tensor | np.ndarray | np.generic
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """The tensors, arrays and NumPy numbers in what a step returned."""
-    if isinstance(value, Leaf):
-        yield value
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from _leaves(v)
-    elif isinstance(value, tuple | list):
-        for v in value:
-            yield from _leaves(v)
-
-
-def _rebuilt(value: Any, leaves: Iterator[Any]) -> Any:
-    """The same structure with these leaves in it."""
-    if isinstance(value, Leaf):
-        return next(leaves)
-    if isinstance(value, dict):
-        return {k: _rebuilt(v, leaves) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        parts = [_rebuilt(v, leaves) for v in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
-
-
-def _array_of(leaf: Any) -> Any:
-    return plain(leaf.array) if isinstance(leaf, Tensor) else plain(np.asanyarray(leaf))
-
-
-def _like(leaf: Any, array: Any) -> Any:
-    """A copy of the array as what the step returned in its place: a tensor, an array, or a number."""
-    if isinstance(leaf, Tensor):
-        return Tensor.of(array.copy())
-    return array.copy() if array.ndim else array[()]
-
-
-# --- one way of running a step ---
-
-_NO = object()  # what stands for a result where nothing was run
-
-
-class _Variant:
-    """A step as it was recorded for arguments of one look, first without a plan, then with one.
-
-    `fits` says whether it holds now; `run` runs it. Where the step cannot be replayed, `refusal` has the reason.
-    """
-
-    def __init__(self, places: Sequence[Any]) -> None:
-        self.places = tuple(places)  # the plan's own array for each argument that is data, None for the others
-        self.plan: Plan | None = None
-        self.refusal: PlanError | None = None
-        self.looks: list[tuple[Any, Any, Any]] = []  # the places as a quick look compares them
-        self.steady = False  # whether nothing but the layout can end it
-        self.writer: Recorder | None = None  # of the first call, until the second confirms it
-        self.used: Any = None  # what stands for the backend
-        self.tape_on: bool | None = None  # whether gradients were recorded; None if it does not matter
-        self.layout = -1
-        self.guards: list[Guard] = []
-        self.found_gradients: list[tuple[Tensor, bool]] = []
-
-    # --- recording ---
-
-    def record(self, function: Callable[..., Any], args: Sequence[Any], names: Sequence[str], step: Step) -> Any:
-        """Run the function as it stands and write down what it does; the second time, compare and make the plan."""
-        self.fill(args)
-        pairs = zip(args, self.places, strict=True)
-        given = [value if place is None else _handed_over(value, place) for value, place in pairs]
-        positional = len(given) - len(names)
-        before, writer = self.writer, Recorder([p for p in self.places if p is not None], forgiving=step.fallback)
-        self.used, self.tape_on = in_use(), is_recording() if step.differentiable else None
-        with recording(writer):
-            returned = function(*given[:positional], **dict(zip(names, given[positional:], strict=True)))
-        self.writer, self.refusal = writer, writer.refusal
-        self.found_gradients, self.guards = list(writer.found_gradients.items()), writer.guards
-        self.layout = LAYOUT.version
-        if self.refusal is None and before is not None:
-            self.refusal = _difference(before, writer)
-            if self.refusal is not None and not step.fallback:
-                raise self.refusal
-        leaves = list(_leaves(returned))
-        if self.refusal is None and (before is not None or not step.confirm):
-            self._make_plan(writer, returned, leaves)
-        return _rebuilt(returned, iter([_like(leaf, _array_of(leaf)) for leaf in leaves]))
-
-    def _make_plan(self, writer: Recorder, returned: Any, leaves: Sequence[Any]) -> None:
-        """Bind what was written down to memory of its own, and keep of the recording only what runs need."""
-        gradients = [g for g in writer.gradients.values() if g is not None]
-        plan = Plan(writer, [*map(_array_of, leaves), *gradients])
-        self.results, places = plan.results[: len(leaves)], iter(plan.results[len(leaves) :])
-        self.gradients = [(t, None if g is None else next(places)) for t, g in writer.gradients.items()]
-        self.changed = writer.changed
-        self.returned = _rebuilt(returned, iter([_empty_like(leaf) for leaf in leaves]))
-        self.leaves = list(_leaves(self.returned))
-        self.single = isinstance(self.returned, Tensor)
-        self.steady = self.tape_on is None and not self.found_gradients
-        self.looks = [(p, None if p is None else p.shape, None if p is None else p.dtype) for p in self.places]
-        self.writer, self.plan = None, plan
-
-    # --- running ---
-
-    def fits(self) -> bool:
-        """Whether what was recorded still holds, as far as it is not a matter of the arguments."""
-        if self.used is None:
-            return True
-        if self.tape_on is not None and self.tape_on is not is_recording():
-            return False
-        for tensor, had in self.found_gradients:
-            if tensor.has_gradient is not had:
-                return False
-        if self.layout != LAYOUT.version:
-            version = LAYOUT.version
-            if self.used is not in_use() or not all(guard.holds() for guard in self.guards):
-                return False
-            self.layout = version
-        return True
-
-    def try_run(self, args: Sequence[Any]) -> Any:
-        """Replay on these arguments if a quick look says that they fit, else _NO: nothing but speed hangs on this."""
-        looks = self.looks
-        if len(args) != len(looks) or ((self.layout != LAYOUT.version or not self.steady) and not self.fits()):
-            return _NO
-        for value, (place, shape, dtype) in zip(args, looks, strict=False):
-            if type(value) is not ndarray or value.shape != shape or value.dtype is not dtype:
-                return _NO
-            place[...] = value
-        return self.run()
-
-    def fill(self, args: Sequence[Any]) -> None:
-        """Copy the arguments into the plan's own arrays."""
-        for value, place in zip(args, self.places, strict=True):
-            if place is not None:
-                place[...] = value.array if type(value) is Tensor else value
-
-    def run(self) -> Any:
-        """Replay on the arguments that were filled in."""
-        plan = self.plan
-        assert plan is not None
-        plan.run()
-        for tensor, gradient in self.gradients:
-            tensor._grad = gradient
-        for tensor in self.changed:
-            tensor.version += 1
-        if self.single:
-            return Tensor.of(self.results[0].copy())
-        leaves = [_like(leaf, array) for leaf, array in zip(self.leaves, self.results, strict=True)]
-        return _rebuilt(self.returned, iter(leaves))
-
-    def repeat(self, stacks: Sequence[Any]) -> Any:
-        """Replay on each entry of these arrays; the results as arrays with one more axis in front."""
-        assert self.plan is not None
-        count = len(stacks[0])
-        arguments = [np.ascontiguousarray(x, p.dtype) for x, p in zip(stacks, self.places, strict=True)]
-        results = [np.empty((count, *r.shape), r.dtype) for r in self.plan.results]
-        self.plan.repeat(arguments, results, count)
-        for tensor, gradient in self.gradients:
-            tensor._grad = gradient
-        for tensor in self.changed:
-            tensor.version += count
-        return _rebuilt(self.returned, iter(results))
-
-
-def _handed_over(value: Any, place: Any) -> Any:
-    """An argument as the function sees it while it is recorded: memory of the plan, whose values are not to be read."""
-    traced = place.view(Traced)
-    return Tensor.of(traced) if isinstance(value, Tensor) else traced
-
-
-def _empty_like(leaf: Any) -> Any:
-    """What stands for a leaf between two runs."""
-    return Tensor.of(np.empty(0)) if isinstance(leaf, Tensor) else np.empty(0)
-
-
-def _difference(first: Recorder, second: Recorder) -> PlanError | None:
-    """What two recordings of one step do differently, in words; None if they agree."""
-    a = [content(call, first.storages) for call in first.calls]
-    b = [content(call, second.storages) for call in second.calls]
-    k = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    if k == len(a) == len(b):
-        return None
-    lines = [calls[k].line if k < len(calls) else "its end" for calls in (first.calls, second.calls)]
-    names = [calls[k].name if k < len(calls) else "nothing" for calls in (first.calls, second.calls)]
-    if names[0] != names[1]:
-        got = f"{names[0]} ({lines[0]}) the first time and {names[1]} ({lines[1]}) the second"
-    else:
-        got = f"{names[0]} ({lines[0]}) with another array, number or setting each time"
-    fix = (
-        "Make arrays before the step or give them as arguments, and give a number that varies as np.array(number), "
-        "an array without axes; or compile with fallback=True."
-    )
-    return PlanError("compile", "the step", expected="one that does the same in every call", got=got, fix=fix)
-
-
 class Step:
     """A function that is recorded when it first runs and replayed from then on; `compile` makes it.
 
@@ -334,9 +87,10 @@ class Step:
     ) -> None:
         functools.update_wrapper(self, function, updated=())
         self.function = function if differentiable else no_grad()(function)
-        self.fallback, self.confirm, self.differentiable = bool(fallback), bool(confirm), differentiable
-        self._variants: dict[Any, list[_Variant]] = {}
-        self._last: _Variant | None = None  # the one that ran last, if it has a plan
+        self.options = Options(bool(fallback), bool(confirm), differentiable)
+        self._variants: dict[Any, list[Variant]] = {}
+        self._last: Variant | None = None  # the one that ran last, if it has a plan
+        self._rounds_done = 0  # of the last call for several steps
         self._lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -345,43 +99,66 @@ class Step:
         with self._lock:
             if self._last is not None and not kwargs:
                 returned = self._last.try_run(args)
-                if returned is not _NO:
+                if returned is not NOT_RUN:
                     return returned
             return self._find_and_run(args, kwargs)
+
+    def replay(self, *args: Any) -> Any:
+        """The result if the plan that ran last takes these arguments and nobody else runs it, else NOT_RUN."""
+        if self._last is None or (anybody_records and recorder() is not None) or not self._lock.acquire(False):
+            return NOT_RUN
+        try:
+            return self._last.try_run(args)
+        finally:
+            self._lock.release()
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """A step that is a method: called with its object, which is part of what is recorded."""
+        return self if instance is None else MethodType(self, instance)
 
     def _find_and_run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         names = tuple(kwargs)
         values = (*args, *kwargs.values())
         variant = self._variant(names, values)
-        if variant.refusal is not None:
+        if variant is None or variant.refusal is not None:
             return self.function(*args, **kwargs)
         if variant.plan is not None:
             self._last = None if names else variant
             variant.fill(values)
             return variant.run()
         try:
-            return variant.record(self.function, values, names, self)
+            return variant.record(self.function, values, names, self.options)
         except BaseException:
             self._forget(variant)
             raise
 
-    def _variant(self, names: Sequence[str], values: Sequence[Any]) -> _Variant:
-        """The variant for these arguments that holds now, or a new one."""
-        key = (names, tuple(_look(v) for v in values))
+    def _variant(self, names: Sequence[str], values: Sequence[Any]) -> Variant | None:
+        """The variant for these arguments that holds now, or a new one; None if no plan can take them."""
+        try:
+            return self._found_or_new((names, tuple(look_of_argument(v) for v in values)), values)
+        except (PlanError, DTypeError):
+            if self.options.fallback:
+                return None
+            raise
+
+    def _found_or_new(self, key: Any, values: Sequence[Any]) -> Variant:
         found = self._variants.setdefault(key, [])
         for variant in found:
             if variant.fits():
                 return variant
-        if sum(map(len, self._variants.values())) >= MOST_VARIANTS and self.fallback:
+        places = [place_for(v) if is_data(v) else None for v in values]
+        for variants in self._variants.values():  # what was made for a backend that was chosen before never fits again
+            variants[:] = [v for v in variants if v.used is None or v.used is in_use()]
+        if sum(map(len, self._variants.values())) >= MOST_VARIANTS and self.options.fallback:
             self._variants = {key: found}  # whoever asks for so many is served as well as can be
         elif sum(map(len, self._variants.values())) >= MOST_VARIANTS:
             expected = f"called with at most {MOST_VARIANTS} combinations of shapes, settings and Python values"
             fix = "Give a number that varies as np.array(number), an array without axes."
             raise PlanError("compile", "the step", expected=expected, got="one more", fix=fix)
-        found.append(_Variant([_place_for(v) if _is_data(v) else None for v in values]))
+        found.append(Variant(places))
         return found[-1]
 
-    def _forget(self, variant: _Variant) -> None:
+    def _forget(self, variant: Variant) -> None:
         for found in self._variants.values():
             if variant in found:
                 found.remove(variant)
@@ -430,7 +207,7 @@ class Step:
         Raises
         ------
         ShapeError : the arguments differ in length, or there is nothing to run on.
-        MinikdError : what the step itself raises; a note says in which step of a call.
+        MinikdError : what the step itself raises; a note says in which step.
         """
         done, portions = 0, []
         for count, portion in self._portions(*arguments):
@@ -438,8 +215,8 @@ class Step:
             done += count
             if on_progress is not None:
                 on_progress(done)
-        columns = zip(*(_leaves(portion) for portion in portions), strict=True)
-        return _rebuilt(portions[0], (column[0] if len(column) == 1 else np.concatenate(column) for column in columns))
+        columns = zip(*(leaves_of(portion) for portion in portions), strict=True)
+        return rebuilt(portions[0], (column[0] if len(column) == 1 else np.concatenate(column) for column in columns))
 
     def portions(self, *arguments: Any) -> Iterator[Any]:
         """As `epoch`, in portions of about 50 ms: yields the results of each, so that a caller may stop or report."""
@@ -454,20 +231,29 @@ class Step:
             expected = "arrays of one length, one entry for each step"
             got = "shapes " + (", ".join(str(x.shape) for x in arrays) or "of no array")
             raise ShapeError("epoch", "arguments", expected=expected, got=got)
-        done, steps, seconds = 0, len(arrays[0]), math.inf
+        done, steps = 0, len(arrays[0])
         while done < steps:
-            count, started = min(steps - done, max(1, int(SECONDS_A_CALL / seconds))), time.monotonic()
             with self._lock:
-                count, portion = self._portion([x[done : done + count] for x in arrays])
-            seconds = max((time.monotonic() - started) / count, 1e-9)
+                try:
+                    count, portion = self._portion([x[done:] for x in arrays] if done else arrays)
+                except Exception as error:
+                    error.add_note(f"It is step {done + self._rounds_done} of steps 0 to {steps - 1}.")
+                    raise
             done += count
             yield count, portion
 
     def _portion(self, arrays: Sequence[Any]) -> tuple[int, Any]:
-        """Run the step on entries of these arrays: on all of them by its plan, or on the first without one."""
+        """Run the step on the first entries of these arrays: on some 50 ms of them by its plan, or on one without."""
         first = tuple(x[0, ...] for x in arrays)
         variant = self._variant((), first)
-        if variant.plan is not None:
-            return len(arrays[0]), variant.repeat(arrays)
-        returned = self._find_and_run(first, {})
-        return 1, _rebuilt(returned, iter([_array_of(leaf)[None] for leaf in _leaves(returned)]))
+        self._rounds_done = 0
+        if variant is None or variant.plan is None:
+            returned = self._find_and_run(first, {})
+            return 1, rebuilt(returned, iter([array_of(leaf)[None] for leaf in leaves_of(returned)]))
+        count, started = min(len(arrays[0]), max(1, int(SECONDS_A_CALL / variant.seconds))), time.perf_counter()
+        try:
+            results = variant.repeat([x[:count] for x in arrays])
+        finally:
+            self._rounds_done = variant.plan.rounds_done
+        variant.seconds = max((time.perf_counter() - started) / count, 1e-9)
+        return count, results

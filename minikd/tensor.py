@@ -11,7 +11,7 @@ import numpy as np
 from minikd import tape
 from minikd.errors import ArgumentError, ShapeError, TapeError
 from minikd.kernels import as_real, run
-from minikd.kernels.recording import LAYOUT, note_made, recorder, refuse, refuse_reading
+from minikd.kernels.recording import LAYOUT, note_constant, note_made, recorder, refuse, refuse_reading
 
 Axis = int | tuple[int, ...] | None
 
@@ -85,7 +85,7 @@ class Tensor(tape.Recordable):
         """Whether a backward pass left a gradient here since the last `zero_grad`."""
         writing = recorder()
         if writing is not None and self not in writing.gradients:
-            writing.found_gradients[self] = self._grad is not None
+            writing.found_gradients.setdefault(self, self._grad)
         return self._grad is not None
 
     @property
@@ -137,7 +137,9 @@ class Tensor(tape.Recordable):
         """Rows by slice or by a list of row numbers, recorded as `take`; anything else only without a gradient."""
         if not (self.requires_grad and tape.is_recording()):
             return self.numpy()[key]
-        rows = np.arange(len(self))[key] if isinstance(key, slice | list | np.ndarray) else None
+        if isinstance(key, np.ndarray):
+            refuse("an array as an index of a tensor", "Take the rows with x.take(rows).")
+        rows = note_constant(np.arange(len(self))[key]) if isinstance(key, slice | list | np.ndarray) else None
         if rows is None or rows.ndim != 1:
             raise TapeError(
                 "Tensor",
@@ -345,9 +347,8 @@ def apply(name: str, *inputs: Any, **attrs: Any) -> Tensor:
 
 
 def _copied(array: Any) -> Any:
-    """A copy that nobody else has."""
-    writing = recorder()
-    if writing is None or not writing.knows(array):
+    """A copy that nobody else has; in a recorded step one that is made anew in each run."""
+    if recorder() is None or not array.flags.c_contiguous:
         return np.array(array, order="C", copy=True)
     copy = note_made(np.empty(array.shape, array.dtype))
     run("copy", copy, array)

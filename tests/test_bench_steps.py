@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import minikd as kd
 from minikd.bench.measure import LEAST_ROUNDS, Effort, Timing
 from minikd.bench.steps import add_arguments, command, run, worker
 from minikd.bench.steps.cases import CHECKED, LR, QUICK, STEPS, TOLERANCE
@@ -25,7 +24,6 @@ from minikd.errors import DataError
 from minikd.report.table import plain
 
 SLOW_TO_COMPILE = {"torch-compile"}  # its results are compared in every run of the benchmark
-WITHOUT_A_PLAN = set() if "compile" in kd.__all__ else {"plan", "epoch"}
 UPDATES = [name for name, step in STEPS.items() if step.optimizer]
 
 
@@ -40,7 +38,7 @@ def options(*arguments: str) -> argparse.Namespace:
 
 @pytest.mark.parametrize("name", STEPS)
 def test_every_contender_agrees_with_the_reference(name: str) -> None:
-    step, left_out = STEPS[name], SLOW_TO_COMPILE | (WITHOUT_A_PLAN if STEPS[name].optimizer else set())
+    step, left_out = STEPS[name], SLOW_TO_COMPILE
     inputs = step.make_inputs()
     able = [k for k, c in CONTENDERS.items() if name in c.kernels and k not in left_out and not c.missing()]
     with warnings.catch_warnings():
@@ -110,6 +108,14 @@ def test_times_are_those_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row["samples"], row["calls_per_sample"]) == (9, 2)
 
 
+def test_whoever_runs_alone_has_no_yardstick_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(worker, "bind_all", lambda *arguments: ({}, {}))
+    monkeypatch.setattr(worker, "interleave", lambda calls, *more, **other: timed.extend(calls))
+    (case,) = run_task(Task("sgd-64-32-10", "alone", ["numpy"], Effort(LEAST_ROUNDS, 0.0)))
+    assert (case["products_ns"], timed) == (None, [])
+
+
 # --- ratios and tables, of figures made up ---
 
 
@@ -123,11 +129,12 @@ def case(condition: str, medians: dict[str, float], wrong: str = "") -> dict[str
             "iqr_ns": 0.0,
             "samples": 9,
             "calls_per_sample": 1,
-            "over_products": ns / 5e3,
+            "over_products": None if condition == "alone" else ns / 5e3,
         }
         for key, ns in medians.items()
     }
-    whole = {"step": "sgd-64-32-10", "condition": condition, "threads": 1, "products_ns": 5e3}
+    whole = {"step": "sgd-64-32-10", "condition": condition, "threads": 1}
+    whole["products_ns"] = None if condition == "alone" else 5e3
     return {**whole, "contenders": rows}
 
 

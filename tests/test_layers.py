@@ -25,6 +25,7 @@ LAYERS = {
     "tape": 3,
     "tensor": 3,
     "plan": 3,
+    "variant": 3,
     "steps": 3,
     "explain": 4,
     "functional": 4,

@@ -74,7 +74,7 @@ def test_the_kernels_are_plain_c99_without_a_warning(dtype: str, tmp_path: Path)
         pytest.skip("needs a C compiler and the source in csrc")
     options = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-O1", "-DMINIKD_TABLE=minikd_base_float"]
     options += ["-DMINIKD_DOUBLE"] if dtype == "float64" else []
-    for file in ("kernels.c", "dispatch.c", "parallel.c"):
+    for file in ("kernels.c", "blas.c", "dispatch.c", "memory.c", "parallel.c"):
         subprocess.run(
             [compiler, *options, "-c", str(ROOT / "csrc" / file), "-o", str(tmp_path / "object.o")], check=True
         )

@@ -12,12 +12,12 @@ from minikd.distillation import fit
 
 
 def distil(task: Task) -> Callable[[np.ndarray], np.ndarray]:
-    student = model(task.student)
+    student, teacher_logits = model(task.student), model(task.teacher).logits(task.x)
     fit(
         student,
         task.x,
         task.y,
-        model(task.teacher).logits(task.x),
+        teacher_logits,
         temperature=TEMPERATURE,
         hard_weight=HARD_WEIGHT,
         soft_weight=SOFT_WEIGHT,

@@ -15,7 +15,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -37,8 +37,8 @@ PACKAGES = ("numpy", "numba", "scipy", "torch", "jax", "jaxlib")
 # --- names ---
 
 
-def describe() -> dict[str, Any]:
-    """Processor, levels, BLAS, versions and load, as texts and numbers for the report."""
+def describe(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Processor, levels, BLAS, versions of these packages and load, as texts and numbers for the report."""
     extensions: Any = (np.show_config(mode="dicts") or {}).get("SIMD Extensions", {})
     return {
         "cpu": cpu_model(),
@@ -49,7 +49,7 @@ def describe() -> dict[str, Any]:
         "blas": blas(),
         "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}".rstrip(", "),
         "python": platform.python_version(),
-        "versions": {"minikd": minikd.__version__, **dict(_versions())},
+        "versions": {"minikd": minikd.__version__, **dict(_versions(packages))},
         "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 
@@ -87,8 +87,8 @@ def blas() -> str:
     return f"{built.get('name', 'unknown')} {built.get('version', '')}".strip()
 
 
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in PACKAGES:
+def _versions(packages: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             yield package, importlib.metadata.version(package)
 

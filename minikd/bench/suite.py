@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minikd.bench.contenders import Contender
-from minikd.bench.machine import describe
+from minikd.bench.machine import PACKAGES, describe
 from minikd.bench.worker import CONDITIONS, WorkerFailed, spawn
 from minikd.errors import DataError
 from minikd.export.safetensors import write_whole
@@ -42,6 +42,7 @@ class Suite:
     place : where a case stands in the report, as a sort key.
     ratios, tables, markdown : what is made of the cases; see `minikd.bench.report`.
     picture : draws the report as PNG, or None.
+    packages : those whose versions the report names.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Suite:
     tables: Callable[[Mapping[str, Any]], Iterable[Table]]
     markdown: Callable[[Mapping[str, Any], Sequence[str]], str]
     picture: Callable[[Mapping[str, Any]], bytes | None] = lambda report: None
+    packages: tuple[str, ...] = PACKAGES
 
     def add_arguments(self, parser: argparse.ArgumentParser, out: str, more: str = "") -> None:
         """The options that every benchmark has; `more` says what a marker may name besides."""
@@ -79,7 +81,7 @@ class Suite:
             return 0
         wanted = wanted_contenders(self.contenders, options)
         report: dict[str, Any] = {
-            "machine": describe(),
+            "machine": describe(self.packages),
             "missing": {key: reason for key in wanted if (reason := self.contenders[key].missing())},
             "settings": {name: value for name, value in sorted(vars(options).items()) if name in self.settings},
             "cases": [],

@@ -108,7 +108,7 @@ def spawn(task: Any, module: str = "minikd.bench.worker") -> list[dict[str, Any]
     condition = CONDITIONS[task.condition]
     with tempfile.TemporaryDirectory(prefix="minikd-bench-") as folder:
         result = Path(folder, "result.json")
-        with _pinned(condition.processors()):
+        with pinned(condition.processors()):
             process = subprocess.Popen(
                 [sys.executable, "-c", f"from {module} import main; main()", str(result)],
                 stdin=subprocess.PIPE,
@@ -130,7 +130,7 @@ def spawn(task: Any, module: str = "minikd.bench.worker") -> list[dict[str, Any]
 
 
 @contextlib.contextmanager
-def _pinned(cpus: list[int]) -> Iterator[None]:
+def pinned(cpus: list[int]) -> Iterator[None]:
     """A process started within inherits these processors. Does nothing where the system has no such call."""
     if not hasattr(os, "sched_setaffinity"):
         yield

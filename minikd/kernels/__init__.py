@@ -18,7 +18,7 @@ import numpy as np
 from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError
 from minikd.kernels import composed
 from minikd.kernels.launch import Call, Launch, Launcher, Memo, as_arrays, binding_anew, look_of
-from minikd.kernels.recording import LAYOUT, recorder, traced
+from minikd.kernels.recording import LAYOUT, anybody_records, recorder, traced
 from minikd.kernels.reference import bind_reference
 from minikd.ops import OPS, Argument, Op, Shape
 from minikd.ops.op import KINDS
@@ -287,10 +287,12 @@ def as_real(where: str, argument: str, value: Any, other: Any = np.float32) -> A
     if array.dtype in FLOATS:
         return array
     native = array.dtype.newbyteorder("=")
-    if native in FLOATS:
-        return array.astype(native, copy=False)
-    if array.dtype.kind in "iub" or native == np.float16:
-        return array.astype(other)
+    if native in FLOATS or array.dtype.kind in "iub" or native == np.float16:
+        array = array.astype(native if native in FLOATS else other)
+        writing = recorder()
+        if writing is not None:
+            writing.note_conversion(f"{where}: {argument}", value, array)
+        return array
     expected = "an array of float16, float32, float64 or integers"
     raise DTypeError(where, argument, expected=expected, got=str(array.dtype), fix="Convert it with .astype(float).")
 
@@ -405,8 +407,8 @@ def recall(name: str, inputs: Sequence[Any], attrs: dict[str, Any], save: bool =
     Inputs of such a look went through all checks before; what is left to check are values. `attrs` are all attributes,
     in the order of the table.
     """
-    if type(inputs[0]) is not np.ndarray:
-        return None
+    if type(inputs[0]) is not np.ndarray or (anybody_records and recorder() is not None):
+        return None  # what is recorded goes the long way, on which results are traced
     used = _in_use[0] if _in_use else _current()
     found: Prepared | None = used.prepared.recall((name, save, *attrs.values(), *look_of(inputs)))
     return found

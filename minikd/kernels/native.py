@@ -141,6 +141,17 @@ def use_products(which: str) -> None:
         raise BackendError("use_products", "which", expected=expected, got=repr(which))
     gemms = [ffi.cast("minikd_gemm *", address) for address in ((found.sgemm, found.dgemm) if found else (0, 0))]
     lib.minikd_use_blas(*gemms, found.integer_bits if found else 0, which == "blas")
+    _products[:] = [found]
+
+
+_products: list[blas.Library | None] = []  # one, once it was decided: the BLAS in use
+
+
+def products() -> str:
+    """What computes matrix products, in words: code of our own, or a BLAS with its number of threads."""
+    _needs_module("products")
+    _use_default_products()
+    return "code of its own" if _products[0] is None else f"{_products[0]}, small ones by code of its own"
 
 
 def heed_environment() -> None:
@@ -243,7 +254,10 @@ class NativeCall:
 
 
 class NativeSequence:
-    """Bound calls of C kernels that run one after the other, as one call."""
+    """Bound calls of C kernels that run one after the other, as one call.
+
+    `start` runs them and returns the status, for those who hand one that is not 0 to `refuse`.
+    """
 
     __slots__ = ("calls", "done", "records", "start")
 
@@ -256,7 +270,11 @@ class NativeSequence:
     def __call__(self) -> None:
         status = self.start()
         if status:
-            self.calls[self.calls_done].refuse(status)
+            self.refuse(status)
+
+    def refuse(self, status: int) -> None:
+        """Raise what the status stands for with which the last run stopped."""
+        self.calls[self.calls_done].refuse(status)
 
     def repeat(self, inputs: Sequence[tuple[Any, Any]], outputs: Sequence[tuple[Any, Any]], rounds: int) -> None:
         """Run `rounds` times, round r between copies: ``to[...] = from[r]`` of inputs, ``to[r] = from`` of outputs.
@@ -271,7 +289,7 @@ class NativeSequence:
             self.records, counts[0], before, counts[1], after, counts[2], rounds, self.done
         )
         if status:
-            self.calls[self.calls_done].refuse(status)
+            self.refuse(status)
 
     @property
     def rounds_done(self) -> int:

@@ -8,10 +8,11 @@ computing with an argument by other means, is refused with the line that does it
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Buffer(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     dtype: Any
+    strides: tuple[int, ...]
     value: float | None = None
 
 
@@ -72,7 +74,17 @@ class Guard(NamedTuple):
     value: Any
 
     def holds(self) -> bool:
-        return getattr(self.object, self.attribute, None) is self.value
+        now = getattr(self.object, self.attribute, None)
+        return now is self.value or (_is_plain(now) and type(now) is type(self.value) and now == self.value)
+
+    def renewed(self) -> Guard:
+        """With the value of now, if that is a number or a text: a module may count its calls while it is recorded."""
+        now = getattr(self.object, self.attribute, None)
+        return self._replace(value=now) if _is_plain(now) and type(now) is not bool else self
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float | str)
 
 
 def user_line() -> str:
@@ -98,8 +110,10 @@ class Recorder:
     calls, storages : what ran, on what.  arrays : the buffers that do not lie in memory made by the step.
     guards : see `Guard`.
     gradients : what became of each leaf's gradient: the array that it has after the step, or None if it has none.
-    found_gradients : leaves whose gradient of before the step was looked at, with whether there was one.
+    found_gradients : leaves whose gradient of before the step was looked at, with that gradient, or None.
+    refusal : the first reason why the step cannot be replayed.
     changed : tensors whose values were written in place.
+    checks : arguments without axes, with what refuses some of their values before each run.
     """
 
     def __init__(self, arguments: Sequence[Any], forgiving: bool = False) -> None:
@@ -109,8 +123,9 @@ class Recorder:
         self.arrays: dict[Buffer, Any] = {}
         self.storages: list[Storage] = []
         self.gradients: dict[Any, Any] = {}
-        self.found_gradients: dict[Any, bool] = {}
+        self.found_gradients: dict[Any, Any] = {}
         self.changed: list[Any] = []
+        self.checks: list[tuple[Any, Callable[[float], Any]]] = []
         self._guards: dict[tuple[int, str], Guard] = {}
         self._known: dict[int, int] = {}  # id of an owner → its storage
         for array in arguments:
@@ -137,12 +152,12 @@ class Recorder:
         self._add(CONSTANT, array)
 
     def note_conversion(self, argument: str, value: Any, array: Any) -> None:
-        """A value became this array: a number's array is a constant, and an unknown value may not be converted."""
+        """A value became this array: a number's array is a constant, and no other array may be converted."""
         if array is value:
             return
         if isinstance(value, bool | int | float | np.generic):
             self.constant(array)
-        elif isinstance(value, np.ndarray) and self.knows(value) and not self.knows(array):
+        elif isinstance(value, np.ndarray) and owner_of(value) is not owner_of(array):
             got = f"{argument} converted from {value.dtype} to {array.dtype}, or made contiguous,"
             self.refuse(got, f"Give it as a contiguous array of {array.dtype}.")
 
@@ -153,7 +168,7 @@ class Recorder:
 
     @property
     def guards(self) -> list[Guard]:
-        return list(self._guards.values())
+        return [guard.renewed() for guard in self._guards.values()]
 
     def refuse(self, got: str, fix: str) -> None:
         """The step does what cannot be replayed: raise it, or note it if this recorder is forgiving."""
@@ -161,21 +176,21 @@ class Recorder:
         error = PlanError("compile", "the step", expected=expected, got=f"{got} ({user_line()})", fix=fix)
         state = "had changed by then" if self.changed else "are as they were before the step"
         error.add_note(f"The step stopped there; the parameters {state}.")
+        self.refusal = self.refusal or error
         if not self.forgiving:
             raise error
-        self.refusal = self.refusal or error
 
     # --- what it knows ---
 
     def place(self, buffer: Any) -> Buffer:
         """Where this buffer is; memory never heard of was there before the step."""
         if type(buffer) is float:
-            return Buffer(-1, 0, (), np.dtype(np.float64), buffer)
+            return Buffer(-1, 0, (), np.dtype(np.float64), (), buffer)
         owner = owner_of(buffer)
         storage = self._known.get(id(owner))
         if storage is None:
             storage = self._add(KEPT, owner)
-        place = Buffer(storage, address(buffer) - address(owner), buffer.shape, buffer.dtype)
+        place = Buffer(storage, address(buffer) - address(owner), buffer.shape, buffer.dtype, buffer.strides)
         if self.storages[storage].kind != MADE:
             self.arrays.setdefault(place, plain(buffer))
         return place
@@ -205,10 +220,11 @@ def written(call: Recorded) -> list[Buffer]:
 
 def content(call: Recorded, storages: Sequence[Storage]) -> tuple[Any, ...]:
     """All that a call depends on, in a form that is equal for two recordings of one step."""
-    return (call.name, tuple(call.attrs.items()), tuple(_content(b, storages) for b in call.buffers))
+    return (call.name, tuple(call.attrs.items()), tuple(content_of(b, storages) for b in call.buffers))
 
 
-def _content(buffer: Buffer | None, storages: Sequence[Storage]) -> Any:
+def content_of(buffer: Buffer | None, storages: Sequence[Storage]) -> Any:
+    """Where a buffer is, in such a form; of constants it is what they hold."""
     if buffer is None or buffer.value is not None:
         return buffer
     kind, owner = storages[buffer.storage]
@@ -262,6 +278,12 @@ def note_constant(array: Any) -> Any:
     return array
 
 
+def note_check(value: Any, check: Callable[[float], Any]) -> None:
+    """A number in an array was accepted by `check`; runs shall refuse what it refuses."""
+    if anybody_records and _state.recorder is not None:
+        _state.recorder.checks.append((owner_of(value), check))
+
+
 def refuse(what: str, fix: str) -> None:
     """Say that something is done that no plan can repeat: fine, unless it is being recorded."""
     if anybody_records and _state.recorder is not None:
@@ -277,15 +299,19 @@ def refuse_reading(what: str) -> None:
 
 
 class Layout:
-    """Counts changes of how models are put together, so that plans look at their guards only after one."""
+    """Changes of how models are put together, so that plans look at their guards only after one.
 
-    __slots__ = ("version",)
+    Each gives `version` a number that it never had, whichever thread makes it.
+    """
+
+    __slots__ = ("_numbers", "version")
 
     def __init__(self) -> None:
+        self._numbers = itertools.count(1)
         self.version = 0
 
     def changed(self) -> None:
-        self.version += 1
+        self.version = next(self._numbers)
 
 
 LAYOUT = Layout()
@@ -342,6 +368,14 @@ class Traced(np.ndarray):
     def __int__(self) -> int:
         _refuse_values("int() of an array")
         return int(plain(self))
+
+    def __complex__(self) -> complex:
+        _refuse_values("complex() of an array")
+        return complex(plain(self))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        _refuse_values("round() of an array")
+        return round(plain(self)[()], digits)
 
     def __index__(self) -> int:
         _refuse_values("an array as an index")

@@ -320,3 +320,30 @@ def _activation_op(name: str, activation: Activation) -> Op:
 
 for _name, _activation in ACTIVATIONS.items():
     register(_activation_op(_name, _activation))
+
+# --- the scale of features ---
+
+
+def _standardise_example(rng: np.random.Generator, dtype: Any) -> list[Example]:
+    cases: list[Example] = []
+    for n, m in ((3, 4), (1, 67), (5, 1), (0, 3)):
+        x, mean, deviation = rng.normal(size=(n, m)), rng.normal(size=m), rng.uniform(0.5, 2, m)
+        cases.append(([a.astype(dtype) for a in (x, mean, deviation)], {}))
+    return cases
+
+
+def _standardise(xp: Any, y: Any, x: Any, mean: Any, deviation: Any) -> None:
+    xp.subtract(x, mean, out=y)
+    xp.divide(y, deviation, out=y)
+
+
+register(
+    Op(
+        name="standardise",
+        formula="y = (x - mean) / deviation, column by column",
+        signature="x(n, m), mean(m), deviation(m) -> y(n, m)",
+        forward=_standardise,
+        may_alias=("x",),
+        example=_standardise_example,
+    )
+)

@@ -14,7 +14,7 @@ import numpy as np
 import minikd
 from minikd.data import sources
 from minikd.errors import MinikdError
-from minikd.kernels import backends, kernel_names
+from minikd.kernels import backends, blas, kernel_names
 from minikd.kernels.threads import threads
 from minikd.report.table import Table
 
@@ -27,7 +27,7 @@ def environment_table() -> Table:
     rows: list[tuple[str, ...]] = [
         ("minikd", minikd.__version__),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("NumPy", f"{np.__version__}, matrix products by {_blas()}"),
+        ("NumPy", f"{np.__version__}, matrix products by {blas.library() or _blas()}"),
         ("threads", str(threads())),
         ("backends",),
         *_backends(),
@@ -58,6 +58,7 @@ def _backends() -> Iterator[tuple[str, str]]:
             native = importlib.import_module("minikd.kernels.native")
             threads = native.threads()
             text += f", kernels for {native.cpu_level()} on up to {threads} thread{'s' * (threads != 1)}"
+            text += f", matrix products by {native.products()}"
         if status.fallbacks:
             text += f", {total - len(status.fallbacks)} of {total} kernels; NumPy runs {_in_words(status.fallbacks)}"
         yield name, text

@@ -67,4 +67,5 @@ SUITE = Suite(
     ratios=ratios,
     tables=tables,
     markdown=markdown,
+    packages=("numpy", "torch", "jax", "jaxlib", "scikit-learn", "mygrad", "onnxruntime"),
 )

@@ -4,10 +4,10 @@ The report is one JSON object with machine, missing and settings as `minikd.benc
 
     cases       one for each step and condition (and contender, where it runs alone), with
         step, condition, threads
-        products_ns     median of the step's bare matrix products, in the same rounds
+        products_ns     median of the step's bare matrix products, in the same rounds; null where contenders run alone
         contenders      name → median_ns, min_ns, iqr_ns (of one step), samples, calls_per_sample,
-            over_products (time over products_ns), errors (output → error relative to its largest entry), wrong;
-            or failed, with the reason
+            over_products (time over products_ns, or null), errors (output → error relative to its largest entry),
+            wrong; or failed, with the reason
     ratios      one for each step and contender of ours, with
         condition                   ours
         same, same_peer             time of the fastest peer in the same run over ours
@@ -100,7 +100,11 @@ def _row(key: str, row: Mapping[str, Any]) -> tuple[str, ...]:
         return (CONTENDERS[key].label, *[NOTHING] * 4, row["failed"])
     times = [micro(row[name]) for name in ("median_ns", "min_ns", "iqr_ns")]
     error = ("WRONG: " if row["wrong"] else "") + errors_text({"": max(row["errors"].values(), key=_worst)})
-    return (CONTENDERS[key].label, *times, f"{row['over_products']:.2f}", error)
+    return (CONTENDERS[key].label, *times, _over(row["over_products"]), error)
+
+
+def _over(ratio: float | None) -> str:
+    return NOTHING if ratio is None else f"{ratio:.2f}"
 
 
 def _worst(error: float | None) -> float:
@@ -127,7 +131,8 @@ def times_table(cases: Sequence[Report], head: str) -> str:
         for key, contender in CONTENDERS.items()
         if any(key in case["contenders"] for case in cases)
     ]
-    rows.append(["matrix products alone", *(micro(case["products_ns"]) for case in cases)])
+    if any(case["products_ns"] for case in cases):
+        rows.append(["matrix products alone", *(micro(case["products_ns"]) for case in cases)])
     return markdown_table([head, *(STEPS[case["step"]].label for case in cases)], rows)
 
 
@@ -136,9 +141,8 @@ def alone_table(report: Report) -> str:
     merged: dict[str, dict[str, Any]] = {}
     for case in report["cases"]:
         if CONDITIONS[case["condition"]].alone:
-            whole = merged.setdefault(case["step"], {"step": case["step"], "contenders": {}, "products_ns": 0.0})
+            whole = merged.setdefault(case["step"], {"step": case["step"], "contenders": {}, "products_ns": None})
             whole["contenders"] |= case["contenders"]
-            whole["products_ns"] = min(case["products_ns"], whole["products_ns"] or case["products_ns"])
     cases = [merged[name] for name in STEPS if name in merged]
     return times_table(cases, "each alone, unpinned, µs (error)") if cases else ""
 

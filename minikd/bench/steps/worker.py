@@ -27,17 +27,22 @@ class Task:
 
 
 def run_task(task: Task) -> list[dict[str, Any]]:
-    """Compare every contender with the reference, then time them together with the bare matrix products."""
-    step, threads = STEPS[task.step], CONDITIONS[task.condition].threads or len(usable_cpus())
+    """Compare every contender with the reference, then time them together with the bare matrix products.
+
+    Whoever is alone is alone: the products' threads would still spin while it computes.
+    """
+    step, condition = STEPS[task.step], CONDITIONS[task.condition]
+    threads = condition.threads or len(usable_cpus())
     inputs = step.make_inputs()
     bound, rows = bind_all(task.contenders, step, inputs, step.expected(inputs), CONTENDERS, TOLERANCE)
-    calls = {YARDSTICK: products(step, inputs)} | {key: contender.call for key, contender in bound.items()}
+    calls = {} if condition.alone else {YARDSTICK: products(step, inputs)}
+    calls |= {key: contender.call for key, contender in bound.items()}
     timings = interleave(calls, task.effort, rest=threads > 1 and len(bound) > 1)
-    yardstick = timings[YARDSTICK].figures()["median_ns"]
+    yardstick = None if condition.alone else timings[YARDSTICK].figures()["median_ns"]
     for key, contender in bound.items():
         figures = timings[key].figures()
         times = {name: figures.pop(name) / contender.steps for name in ("median_ns", "min_ns", "iqr_ns")}
-        rows[key] |= times | figures | {"over_products": times["median_ns"] / yardstick}
+        rows[key] |= times | figures | {"over_products": times["median_ns"] / yardstick if yardstick else None}
     return [
         {
             "step": task.step,

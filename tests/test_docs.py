@@ -1,0 +1,65 @@
+"""What the pages show runs as printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import minikd as kd
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text("utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(page: str, code: str, names: dict[str, Any]) -> None:
+    exec(compile(code, page, "exec"), names)
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
+def test_the_python_of_the_readme_runs() -> None:
+    rng = np.random.default_rng(0)
+    shown = [b for b in blocks("README.md", "python") if "import minikd" in b or "F = kd" in b]
+    assert len(shown) == 2
+    names: dict[str, Any] = {"features": rng.uniform(0, 16, (5, 64)).astype(np.float32)}
+    run("README.md", shown[0], names)
+    names |= {
+        "x": rng.normal(size=(32, 784)).astype(np.float32),
+        "teacher_logits": rng.normal(size=(32, 10)).astype(np.float32),
+        "labels": rng.integers(0, 10, 32),
+        "batches": rng.normal(size=(6, 32, 784)).astype(np.float32),
+        "batches_of_teacher_logits": rng.normal(size=(6, 32, 10)).astype(np.float32),
+        "batches_of_labels": rng.integers(0, 10, (6, 32)),
+        "z_student": rng.normal(size=(8, 10)).astype(np.float32),
+        "z_teacher": rng.normal(size=(8, 10)).astype(np.float32),
+    }
+    names["labels"] = names["labels"]
+    run("README.md", shown[1].replace("z_student, z_teacher, labels", "z_student, z_teacher, labels[:8]"), names)
+    assert names["losses"].shape == (6,)
+    assert names["gradient"].shape == (8, 10)
+
+
+def test_the_page_of_one_step_shows_the_step_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    if kd.backends()["c"].available:
+        kd.use_backend("c")
+    else:
+        pytest.skip("needs the C backend")
+    (code,) = blocks("docs/one_step.md", "python")
+    run("docs/one_step.md", code, {})
+    printed = capsys.readouterr().out
+    (shown,) = blocks("docs/one_step.md", "text")
+    kernels = re.compile(r"^  #\d+ +(\w+) +(\d.*?)  ", re.M)
+    assert kernels.findall(shown) == kernels.findall(printed)
+    assert kernels.findall(shown)
