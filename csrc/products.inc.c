@@ -1,14 +1,14 @@
-/* Matrix products of our own: c = a·b for small and middling sizes, in which BLAS spends its time on everything else.
+/* Matrix products of our own, as fast as the processor multiplies and adds also where matrices are small.
  *
- * A tile of c, ROWS rows by VECTORS vectors, is kept in registers while all that goes into it is added up: a step reads
- * one number of each of a's rows and one row of b's columns, 8 + 3 loads for 24 multiply-adds with AVX-512. The columns
- * of b that a tile needs, a panel, are copied into one piece of memory in the order in which they are read, where that
- * pays; a is read where it lies. The panel is on the stack, so that a product needs no memory of its own.
+ * A tile of c = a·b, ROWS rows by VECTORS vectors, is kept in registers while all that goes into it is added up: a step
+ * reads one number of each of a's rows and one row of b's columns, with AVX-512 8 + 3 loads for 24 multiply-adds. The
+ * columns of b that a tile needs, a panel, are copied in the order in which they are read if they lie otherwise or far
+ * apart; a is read where it lies. The copy is on the stack, so that a product needs no memory of its own.
  *
- * Every element is the sum over p = 0, 1, … of a[i, p]·b[p, j], rounded once a step, in blocks of the depth that depend
- * on the depth alone; the blocks' sums are added in order. So no bit depends on how wide vectors are, where arrays lie,
- * how work is shared by threads, or on the other rows and columns. Only products of few rows with wᵀ take another order:
- * see `dots`. */
+ * Every element is the sum over p = 0, 1, … of a[i, p]·b[p, j], rounded once a step where the processor can, in blocks of
+ * the depth that depend on the depth alone; the blocks' sums are added in order. So no bit depends on how wide vectors
+ * are, where arrays lie, how work is shared by threads, or on the other rows and columns. Products of few rows with wᵀ
+ * alone take another order: see `add_products`. */
 
 #include "blas.h"
 #include "parallel.h"
@@ -78,7 +78,6 @@ typedef struct {
     int64_t depth;
     int64_t last;  /* columns of the last vector */
     _Bool further; /* whether c holds the sum of the blocks before */
-    _Bool fetched; /* whether c is so large that it has to be fetched */
 } tile;
 
 /* Where row i of four stands, if `three` is three times as far as from a row to the next: so that few registers hold the
@@ -92,7 +91,7 @@ INLINE void compute(const tile *t, int rows, int vectors)
 {
     vector sum[ROWS][VECTORS], b[VECTORS];
     const int64_t apart = t->a_row, three = 3 * apart, a_step = t->a_step, b_step = t->b_step;
-    const real *low = t->a, *high = low + 4 * apart, *b_at = t->b;
+    const real *low = t->a, *high = rows > 4 ? low + 4 * apart : low, *b_at = t->b;
     UNROLL
     for (int i = 0; i < rows; i++)
         UNROLL
@@ -111,17 +110,16 @@ INLINE void compute(const tile *t, int rows, int vectors)
         }
         low += a_step, high += a_step, b_at += b_step;
     }
-    const int full = t->last == PER_VECTOR ? vectors : vectors - 1;
+    const int whole = t->last == PER_VECTOR ? vectors : vectors - 1;
     UNROLL
     for (int i = 0; i < rows; i++) {
-        real *c = t->c + i * t->c_row;
         UNROLL
         for (int v = 0; v < vectors; v++) {
-            if (v < full)
-                store(c + v * PER_VECTOR, t->further ? add(load(c + v * PER_VECTOR), sum[i][v]) : sum[i][v]);
+            real *c = t->c + i * t->c_row + v * PER_VECTOR;
+            if (v < whole)
+                store(c, t->further ? add(load(c), sum[i][v]) : sum[i][v]);
             else
-                store_first(c + v * PER_VECTOR, t->further ? add(load_first(c + v * PER_VECTOR, t->last), sum[i][v]) : sum[i][v],
-                            t->last);
+                store_first(c, t->further ? add(load_first(c, t->last), sum[i][v]) : sum[i][v], t->last);
         }
     }
 }
@@ -161,9 +159,6 @@ INLINE void compute_rows(const tile *t, int64_t rows, int vectors)
 
 static NOINLINE void compute_tile(const tile *t, int64_t rows, int64_t vectors)
 {
-    for (int64_t i = 0; t->fetched && i < rows; i++)
-        for (int64_t v = 0; v < vectors; v++)
-            FETCH_TO_WRITE(t->c + i * t->c_row + v * PER_VECTOR);
 #if VECTORS >= 3
     if (vectors == 3)
         compute_rows(t, rows, 3);
@@ -205,9 +200,34 @@ static void fetch_share(const matrix *b, const real *first, int64_t depth, int64
             FETCH(first + r * apart + j);
 }
 
+/* Fetch a tile of c, to be written to when the sums are there. */
+static void fetch_tile(const real *c, int64_t c_row, int64_t rows, int64_t vectors)
+{
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t v = 0; v < vectors; v++)
+            FETCH_TO_WRITE(c + i * c_row + v * PER_VECTOR);
+}
+
 static _Bool larger_than(int64_t bytes, int64_t rows, int64_t columns)
 {
     return rows * columns > bytes / (int64_t)sizeof(real);
+}
+
+/* The tiles of a panel, one below the other, of which t is the first; meanwhile the panel of b that begins at `next` is
+ * fetched, unless that is NULL. */
+static void compute_tiles(const product *work, tile t, parts tiles, int64_t vectors, const real *next)
+{
+    const _Bool far = larger_than(NEAR_BYTES, work->rows, work->columns);
+    for (int64_t k = 0; k < tiles.count; k++) {
+        const int64_t rows = length_of(tiles, k);
+        if (far)
+            fetch_tile(t.c, t.c_row, rows, vectors);
+        if (next)
+            fetch_share(&work->b, next, t.depth, vectors * PER_VECTOR, k, tiles.count);
+        compute_tile(&t, rows, vectors);
+        t.c += rows * t.c_row;
+        t.a += rows * t.a_row;
+    }
 }
 
 /* The rows of a band in one panel's columns. */
@@ -222,25 +242,17 @@ static void compute_panel(const product *work, int64_t band, int64_t panel)
     const _Bool pays = tiles.count >= FEW_TILES && larger_than(SMALL_BYTES, work->depth, work->columns);
     const _Bool copied = b->column != 1 || last != PER_VECTOR || pays;
     const _Bool ahead = copied && panel + 1 < work->panels.count && larger_than(NEAR_BYTES, work->depth, work->columns);
-    const _Bool fetched = larger_than(NEAR_BYTES, work->rows, work->columns);
     for (int64_t block = 0; block < blocks.count; block++) {
         const int64_t p = start_of(blocks, block), depth = length_of(blocks, block);
         const real *from = b->at + p * b->row + first * b->column;
         tile t = {work->c + top * work->columns + first, a->at + top * a->row + p * a->column, from,
-                  work->columns, a->row, a->column, b->row, depth, last, block > 0, fetched};
+                  work->columns, a->row, a->column, b->row, depth, last, block > 0};
         if (copied) {
             copy_panel(copy, b, from, depth, vectors, last);
             t.b = copy;
             t.b_step = wide;
         }
-        for (int64_t k = 0; k < tiles.count; k++) {
-            const int64_t rows = length_of(tiles, k);
-            if (ahead)
-                fetch_share(b, from + wide * b->column, depth, wide, k, tiles.count);
-            compute_tile(&t, rows, vectors);
-            t.c += rows * t.c_row;
-            t.a += rows * t.a_row;
-        }
+        compute_tiles(work, t, tiles, vectors, ahead ? from + wide * b->column : NULL);
     }
 }
 
@@ -255,7 +267,7 @@ static void product_part(void *shared, int64_t first, int64_t end)
 
 /* Copying a panel of wᵀ costs as much as the multiplications of some rows. Up to this many, each element is instead the
  * sum over LANES partial sums, of every LANES-th product each, which are added up as a tree. */
-#define FEW_ROWS 4
+#define FEW_ROWS 2
 
 /* Rows of w that meet a row of x at a time: as many as the registers hold sums for, up to 4, which hide the latency. */
 enum { DOTS = ROWS * VECTORS * PER_VECTOR >= 4 * LANES ? 4 : ROWS * VECTORS * PER_VECTOR >= 2 * LANES ? 2 : 1 };

@@ -70,8 +70,13 @@ INLINE vector multiply_add(vector a, vector b, vector c)
 #else
 
 #define VECTOR_BYTES 16
-#define ROWS 4
+#ifdef __aarch64__
+#define ROWS 8 /* 24 of 32 */
+#define VECTORS 3
+#else
+#define ROWS 4 /* 8 of 16, since a product that is added takes one itself */
 #define VECTORS 2
+#endif
 
 typedef struct {
     real of[VECTOR_BYTES / sizeof(real)];

@@ -180,12 +180,10 @@ def test_products_have_the_same_bits_wherever_their_buffers_lie(
 @each_float
 @pytest.mark.parametrize("rows", [1, 3, 20])
 def test_a_row_of_a_product_does_not_depend_on_the_rows_around_it(rows: int, dtype: str, level: str) -> None:
-    """Among batches of few rows, and among larger ones: these two add up in different orders."""
+    """Among batches of one and two rows, and among larger ones: these two add up in different orders."""
     rng = np.random.default_rng(1)
     x, w = rng.normal(size=(2 * rows, 70)).astype(dtype), rng.normal(size=(45, 70)).astype(dtype)
-    if rows == 3:
-        x = x[:4]
-    whole, part = np.empty((len(x), 45), dtype), np.empty((rows, 45), dtype)
+    whole, part = np.empty((2 * rows, 45), dtype), np.empty((rows, 45), dtype)
     run(level, "linear", whole, x, w, None)
     run(level, "linear", part, x[:rows], w, None)
     assert part.tobytes() == whole[:rows].tobytes()
