@@ -452,6 +452,21 @@ def test_arguments_may_be_tensors_and_have_names_and_the_result_is_of_the_same_k
 
 
 @each_backend
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_losses_take_arguments_that_are_tensors(probabilities: bool) -> None:
+    @kd.compile
+    def step(logits: Any, teacher: Any, target: Any) -> Any:
+        hard, soft = F.cross_entropy(logits, target), F.kl_div(F.log_softmax(logits), F.softmax(teacher))
+        return hard, soft, F.distillation_loss(logits, teacher, None, hard_weight=0.0)
+
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        z, t = (kd.Tensor(rng.normal(size=(4, 3)).astype(np.float32)) for _ in range(2))
+        target = F.softmax(t) if probabilities else rng.integers(0, 3, 4)
+        assert bits(step(z, t, target)) == bits(step.function(z, t, target))
+
+
+@each_backend
 def test_a_tensor_that_takes_a_gradient_may_be_an_argument() -> None:
     w = [kd.Tensor(np.float32([1, 2, 3]) * k, requires_grad=True) for k in (1, 2)]
 
