@@ -553,6 +553,27 @@ def test_predictions_of_a_single_layer_follow_its_weight() -> None:
             assert comparable(model.logits(x)) == comparable(F.linear(x, model.weight, model.bias).array)
 
 
+class InLists(nn.Module):
+    """A model whose layers are where nobody hears that they are replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.factor = [nn.Linear(4, 6), nn.Linear(6, 3)], {"by": 1.0}
+
+    def forward(self, x: Any) -> Any:
+        return F.linear(self.layers[0](x), self.layers[1].weight) * self.factor["by"]
+
+
+@each_backend
+def test_predictions_follow_the_content_of_a_models_lists_and_dicts() -> None:
+    model, x = InLists(), np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    for k in range(4):
+        for _ in range(3):
+            assert comparable(model.logits(x)) == comparable(model(kd.Tensor(x)).array)
+        model.layers[k % 2] = nn.Linear(4, 6, seed=k + 1) if k % 2 == 0 else nn.Linear(6, 3, seed=k + 1)
+        model.factor["by"] += 1.0
+
+
 # --- the recorder itself ---
 
 
