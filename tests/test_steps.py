@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -1199,6 +1200,30 @@ def test_a_counter_that_the_step_keeps_does_not_disturb_its_plan() -> None:
         step(np.ones(3, np.float32))
     assert len(step.plans) == 1
     assert calls == 2
+
+
+def test_a_copy_of_a_step_records_for_itself() -> None:
+    step = kd.compile(scaled, fallback=True)
+    x = np.ones(3, np.float32)
+    for copied in (copy.deepcopy(step), copy.copy(step)):
+        assert [step(x).numpy()[0] for _ in range(3)] == [copied(x).numpy()[0] for _ in range(3)] == [2, 2, 2]
+        assert copied.plans
+        assert copied.plans[0] is not step.plans[0]
+        assert copied.options == step.options
+
+
+def test_a_variable_that_was_deleted_is_missed_as_without_a_plan() -> None:
+    factor, x = 2.0, np.ones(3, np.float32)
+
+    @kd.compile
+    def step(x: Any) -> Any:
+        return F.relu(kd.Tensor(x)) * factor
+
+    for _ in range(3):
+        step(x)
+    del step.function.__closure__[0].cell_contents  # as `del factor` does
+    with pytest.raises(NameError, match="factor"):
+        step(x)
 
 
 def test_a_method_can_be_a_step() -> None:
