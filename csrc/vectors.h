@@ -122,7 +122,7 @@ INLINE vector multiply_add(vector a, vector b, vector c)
 
 #define PER_VECTOR ((int)(VECTOR_BYTES / sizeof(real)))
 
-/* The first `count` < PER_VECTOR numbers alone: behind them, 0 is read and nothing is written. */
+/* The first `count` ≤ PER_VECTOR numbers alone: behind them, 0 is read and nothing is written. */
 #ifdef __AVX512F__
 #ifdef MINIKD_DOUBLE
 #define FIRST(count) ((__mmask8)((1u << (count)) - 1))

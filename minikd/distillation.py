@@ -24,7 +24,7 @@ from minikd import functional as F
 from minikd import metrics
 from minikd.data import Dataset, batches, load
 from minikd.errors import ArgumentError, ShapeError
-from minikd.kernels import BACKENDS, current_backend, use_backend
+from minikd.kernels import BACKENDS, as_index, current_backend, use_backend
 from minikd.kernels.threads import blas_threads_for
 from minikd.nn import MLP, ROWS_AT_A_TIME, Module
 from minikd.ops.elementwise import ACTIVATIONS
@@ -251,7 +251,7 @@ def training_step(
     Features, labels and the teacher's logits stay where they are; the step gathers those of its rows.
     """
     real = opt.arena.values.dtype
-    x, y = np.ascontiguousarray(x, real), np.ascontiguousarray(y, np.int64)
+    x, y = np.ascontiguousarray(x, real), np.ascontiguousarray(as_index("fit", "y", y))
     soft = None if teacher_logits is None else np.ascontiguousarray(teacher_logits, real)
 
     @compile(fallback=True)

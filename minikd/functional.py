@@ -133,7 +133,7 @@ def _warn_of_probabilities(where: str, **logits: Any) -> None:
     """One warning, at the line of the user's call, if arguments look as if softmax was applied to them already."""
     names = ""
     for name, array in logits.items():
-        if _look_like_probabilities(array):
+        if _look_like_probabilities(plain(array)):
             names += f" and {name}" if names else name
     if names:
         message = f"{where}: {names} look like probabilities where logits are expected."

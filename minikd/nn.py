@@ -321,6 +321,8 @@ class _Predictor:
         writing = recorder()
         if writing is not None:
             self.module._guard_parts(writing)
+            if any(isinstance(v, list | dict | set) for _, m in self.module.named_modules() for v in vars(m).values()):
+                refuse("a model with a list, dict or set, whose content nobody watches", "Keep it in attributes.")
         return _values(self.module.forward(rows))
 
     def _in_evaluation_mode(self, what: str, rows: np.ndarray, settings: Sequence[Any]) -> np.ndarray:

@@ -62,6 +62,11 @@ def compile(step: Callable[..., Any] | None = None, *, fallback: bool = False, c
     PlanError : what the step does cannot be replayed; the message has the line, and a note says whether parameters had
         changed.
 
+    Noticed, because another recording is made then: other values of the variables that the function takes from outside,
+    other parts and settings of models and optimizers. Not noticed: other attributes of objects of another kind
+    (``self.factor``), other items of lists and dicts, and what ``np.asarray`` reads of an argument. They stay as they
+    were when the step was recorded.
+
     Usable as a decorator, with or without arguments.
     """
     if step is None:
@@ -105,12 +110,16 @@ class Step:
 
     def replay(self, *args: Any) -> Any:
         """The result if the plan that ran last takes these arguments and nobody else runs it, else NOT_RUN."""
-        if self._last is None or (anybody_records and recorder() is not None) or not self._lock.acquire(False):
+        if (anybody_records and recorder() is not None) or not self._lock.acquire(False):
             return NOT_RUN
         try:
-            return self._last.try_run(args)
+            return NOT_RUN if self._last is None else self._last.try_run(args)
         finally:
             self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold the function, and record for themselves."""
+        return functools.partial(Step, **self.options._asdict()), (self.function,)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """A step that is a method: called with its object, which is part of what is recorded."""

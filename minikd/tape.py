@@ -17,7 +17,7 @@ import numpy as np
 
 from minikd.errors import DTypeError, ShapeError, TapeError
 from minikd.kernels import execute, run
-from minikd.kernels.recording import Recorder, note_constant, note_made, recorder
+from minikd.kernels.recording import Recorder, note_constant, note_made, recorder, traced
 from minikd.ops import OPS, Op
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def record(name: str, inputs: Sequence[Any], make: Any, **attrs: Any) -> Tensor:
     if tracked:
         node = Node(op, parents, arrays, outs, saved, attrs)
         _tape.append(node)
-    return make(outs[0], tracked, node)
+    return make(outs[0] if writing is None else traced(outs[0]), tracked, node)
 
 
 def _guard_leaves(writing: Recorder, parents: Sequence[Tensor | None]) -> None:

@@ -35,7 +35,7 @@ class Tensor(tape.Recordable):
     DTypeError : data is complex, object or text.
     """
 
-    __slots__ = ("__weakref__", "_grad", "_place", "_requires_grad", "arena", "array", "node", "version")
+    __slots__ = ("__weakref__", "_array", "_grad", "_place", "_requires_grad", "arena", "node", "version")
     __array_ufunc__ = None  # array + tensor calls Tensor.__radd__; np.exp(tensor) is refused, since it loses the tape
 
     def __init__(self, data: Any, requires_grad: bool = False) -> None:
@@ -43,7 +43,7 @@ class Tensor(tape.Recordable):
         self._fill(_copied(value), bool(requires_grad), None)
 
     def _fill(self, array: Any, requires_grad: bool, node: tape.Node | None) -> None:
-        self.array, self._requires_grad, self.node = array, requires_grad, node
+        self._array, self._requires_grad, self.node = array, requires_grad, node
         self.version = 0
         self._grad: Any = None
         self._place: Any = None
@@ -57,6 +57,12 @@ class Tensor(tape.Recordable):
         return tensor
 
     # --- what it holds ---
+
+    def _set_array(self, value: Any) -> None:
+        self._array = value
+        LAYOUT.changed()
+
+    array = property(attrgetter("_array"), _set_array, doc="The values; plans notice another array in their place")
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -233,9 +233,12 @@ class Variant:
         for names, name, value in self.names:
             if names.get(name) is not value:
                 return False
-        for cell, value in self.cells:
-            if cell.cell_contents is not value:
-                return False
+        try:
+            for cell, value in self.cells:
+                if cell.cell_contents is not value:
+                    return False
+        except ValueError:  # a variable that was deleted, which the function itself will say
+            return False
         for tensor, had in self.found_gradients:
             if not _same_memory(tensor._grad, had):
                 return False

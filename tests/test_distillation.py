@@ -26,7 +26,7 @@ from minikd.distillation import (
     full_sizes,
     t_quantile,
 )
-from minikd.errors import ArgumentError, DataError, ShapeError
+from minikd.errors import ArgumentError, DataError, DTypeError, ShapeError
 
 QUICK = {"teacher_epochs": 2, "epochs": 2, "seeds": (0, 1), "teacher": (24,), "student": (8,)}
 
@@ -70,6 +70,12 @@ def test_without_teacher_and_labels_there_is_nothing_to_learn_from(blobs) -> Non
     x, y = blobs
     with pytest.raises(ArgumentError, match="at least one label"):
         fit(kd.nn.MLP([2, 3]), x, np.full_like(y, -1))
+
+
+def test_labels_that_are_no_whole_numbers_are_refused(blobs) -> None:
+    x, y = blobs
+    with pytest.raises(DTypeError, match="y must be an array of integers, got float64"):
+        fit(kd.nn.MLP([2, 3]), x, y + 0.5)
 
 
 def test_lengths_that_differ_are_refused(blobs) -> None:

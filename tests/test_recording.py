@@ -54,6 +54,8 @@ READS: dict[str, Use] = {
     "the truth of a tensor": lambda s, x, y: s.model(x) if s.model(x).sum() else None,
     "float of a tensor": lambda s, x, y: s.model(x) * float(s.model(x).sum()),
     "values of a tensor": lambda s, x, y: s.model(x).numpy(),
+    "the array in a tensor": lambda s, x, y: s.model(x) if s.model(x).array[0, 0] > 3 else F.relu(x),
+    "a number of the array in a loss": lambda s, x, y: s.model(x) * float(F.cross_entropy(s.model(x), y).array),
     "an array of a tensor": lambda s, x, y: np.asarray(s.model(x)),
     "an element of a tensor": lambda s, x, y: [s.model(x), kd.no_grad()(lambda: s.model(x)[0])()],
     "a list of a tensor's rows": lambda s, x, y: kd.no_grad()(lambda: [float(r[0]) for r in s.model(x)])(),
@@ -509,6 +511,7 @@ REPLACED: dict[str, Callable[[Any], Any]] = {
     "a weight": lambda m: setattr(m.layers[0], "weight", kd.Tensor(m.layers[0].weight.array * 2)),
     "a bias": lambda m: setattr(m.layers[2], "bias", kd.Tensor(np.ones(3, np.float32))),
     "no bias": lambda m: setattr(m.layers[0], "bias", None),
+    "the array in a weight": lambda m: setattr(m.layers[0].weight, "array", m.layers[0].weight.array * 2),
     "values": lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
     "a scale": lambda m: setattr(m, "normalisation", Scale(0.5)),
     "another scale": lambda m: setattr(m, "normalisation", Scale(-0.5)),
@@ -548,6 +551,27 @@ def test_predictions_of_a_single_layer_follow_its_weight() -> None:
         model.weight, model.bias = kd.Tensor(model.weight.array * 2), None if k else model.bias
         for _ in range(3):
             assert comparable(model.logits(x)) == comparable(F.linear(x, model.weight, model.bias).array)
+
+
+class InLists(nn.Module):
+    """A model whose layers are where nobody hears that they are replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.factor = [nn.Linear(4, 6), nn.Linear(6, 3)], {"by": 1.0}
+
+    def forward(self, x: Any) -> Any:
+        return F.linear(self.layers[0](x), self.layers[1].weight) * self.factor["by"]
+
+
+@each_backend
+def test_predictions_follow_the_content_of_a_models_lists_and_dicts() -> None:
+    model, x = InLists(), np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    for k in range(4):
+        for _ in range(3):
+            assert comparable(model.logits(x)) == comparable(model(kd.Tensor(x)).array)
+        model.layers[k % 2] = nn.Linear(4, 6, seed=k + 1) if k % 2 == 0 else nn.Linear(6, 3, seed=k + 1)
+        model.factor["by"] += 1.0
 
 
 # --- the recorder itself ---

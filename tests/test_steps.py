@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -449,6 +450,21 @@ def test_arguments_may_be_tensors_and_have_names_and_the_result_is_of_the_same_k
             assert bits(step(kind(x), t=t)) == bits(F.softmax(x=kind(x), temperature=t))
             assert bits(step(t=t, x=kind(x))) == bits(F.softmax(x=kind(x), temperature=t))
             assert bits(step(kind(x), 2.0)) == bits(F.softmax(kind(x), temperature=2.0))
+
+
+@each_backend
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_losses_take_arguments_that_are_tensors(probabilities: bool) -> None:
+    @kd.compile
+    def step(logits: Any, teacher: Any, target: Any) -> Any:
+        hard, soft = F.cross_entropy(logits, target), F.kl_div(F.log_softmax(logits), F.softmax(teacher))
+        return hard, soft, F.distillation_loss(logits, teacher, None, hard_weight=0.0)
+
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        z, t = (kd.Tensor(rng.normal(size=(4, 3)).astype(np.float32)) for _ in range(2))
+        target = F.softmax(t) if probabilities else rng.integers(0, 3, 4)
+        assert bits(step(z, t, target)) == bits(step.function(z, t, target))
 
 
 @each_backend
@@ -1184,6 +1200,30 @@ def test_a_counter_that_the_step_keeps_does_not_disturb_its_plan() -> None:
         step(np.ones(3, np.float32))
     assert len(step.plans) == 1
     assert calls == 2
+
+
+def test_a_copy_of_a_step_records_for_itself() -> None:
+    step = kd.compile(scaled, fallback=True)
+    x = np.ones(3, np.float32)
+    for copied in (copy.deepcopy(step), copy.copy(step)):
+        assert [step(x).numpy()[0] for _ in range(3)] == [copied(x).numpy()[0] for _ in range(3)] == [2, 2, 2]
+        assert copied.plans
+        assert copied.plans[0] is not step.plans[0]
+        assert copied.options == step.options
+
+
+def test_a_variable_that_was_deleted_is_missed_as_without_a_plan() -> None:
+    factor, x = 2.0, np.ones(3, np.float32)
+
+    @kd.compile
+    def step(x: Any) -> Any:
+        return F.relu(kd.Tensor(x)) * factor
+
+    for _ in range(3):
+        step(x)
+    del step.function.__closure__[0].cell_contents  # as `del factor` does
+    with pytest.raises(NameError, match="factor"):
+        step(x)
 
 
 def test_a_method_can_be_a_step() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 from minikd.errors import ArgumentError
 from minikd.kernels import native
 
-MOST_THREADS = 256
 # Multiply-adds of a step's largest product from which a second thread of BLAS pays: about 1 ms of one core's work.
 WORTH_TWO_THREADS = 32_000_000
 # A user who sets one of these has decided.
@@ -68,8 +67,8 @@ def threads(n: int | None = None) -> Threads:
     """
     if n is None:
         return Threads()
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MOST_THREADS:
-        raise ArgumentError("threads", "n", expected=f"a whole number from 1 to {MOST_THREADS}", got=repr(n))
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= native.MOST_THREADS:
+        raise ArgumentError("threads", "n", expected=f"a whole number from 1 to {native.MOST_THREADS}", got=repr(n))
     before = Threads()
     _set(n, n)
     if before.blas is None:
