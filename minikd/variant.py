@@ -190,7 +190,8 @@ class Variant:
         if self.refusal is not None and not options.fallback:
             raise self.refusal  # which the step caught
         self.found_gradients, self.guards = list(writer.found_gradients.items()), writer.guards
-        self.names, self.cells = _captured(function)
+        if options.differentiable:  # a step of a user's; the others are our own
+            self.names, self.cells = _captured(function, self.held)
         self.layout = LAYOUT.version
         leaves = list(leaves_of(returned))
         results = [_result_of(writer, leaf) for leaf in leaves]
@@ -334,23 +335,33 @@ class Variant:
             tensor.version += runs
 
 
-def _captured(function: Any) -> tuple[list[tuple[dict[str, Any], str, Any]], list[tuple[Any, Any]]]:
-    """What a function takes from outside: its globals but for modules, and its closure's cells, with their values."""
+def _captured(function: Any, held: Sequence[Any]) -> tuple[list[tuple[Any, str, Any]], list[tuple[Any, Any]]]:
+    """What a function takes from outside: names with what they stand for, and its closure's cells with their values.
+
+    Names are its globals but for modules, and attributes that it reads of plain objects among those, the cells' values
+    and the arguments that it was given as they are. Parts of models are watched otherwise (`Recorder.guard`).
+    """
     inner = inspect.unwrap(function)
     code, names = getattr(inner, "__code__", None), getattr(inner, "__globals__", {})
-    used = _global_names(code) if code else set()
-    found = [(names, name, names[name]) for name in sorted(used) if name in names]
+    if code is None:
+        return [], []
     cells = []
-    for cell in getattr(inner, "__closure__", None) or ():
+    for cell in inner.__closure__ or ():
         with suppress(ValueError):  # one that has no value yet
             cells.append((cell, cell.cell_contents))
-    return [entry for entry in found if not isinstance(entry[2], ModuleType)], cells
+    read = sorted(name for name in _loaded(code, "LOAD_GLOBAL") if name in names)
+    found = [(names, name, names[name]) for name in read if not isinstance(names[name], ModuleType)]
+    attributes = _loaded(code, "LOAD_ATTR", "LOAD_METHOD")
+    for owner in (*held, *(value for _, value in cells), *(value for _, _, value in found)):
+        if type(owner).__setattr__ is object.__setattr__ and hasattr(owner, "__dict__"):
+            found += [(vars(owner), name, vars(owner)[name]) for name in sorted(attributes & set(vars(owner)))]
+    return found, cells
 
 
-def _global_names(code: CodeType) -> set[str]:
-    """The globals that code reads, and code within it."""
-    names = {str(i.argval) for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
-    return names.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+def _loaded(code: CodeType, *how: str) -> set[str]:
+    """The names that code, and code within it, loads by these instructions."""
+    names = {str(i.argval) for i in dis.get_instructions(code) if i.opname in how}
+    return names.union(*(_loaded(inner, *how) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 def _same_memory(a: Any, b: Any) -> bool:

@@ -34,32 +34,41 @@ def data(n, k, c, real):
     return rng.normal(size=(n, k)).astype(real), rng.integers(0, c, n), rng.normal(size=(n, c)).astype(real)
 
 
+def training(sizes, activation, optimizer, real):  # whose arrays nobody else holds
+    x, y, teacher = data(101, sizes[0], sizes[-1], real)
+    model = kd.nn.MLP(sizes, activation, dropout=0.2, dtype=real)
+    opt = optimizer(model.parameters(), 0.01)
+
+    @kd.compile
+    def step(rows, temperature):
+        scores, soft, labels = model(F.take(x, rows)), F.take(teacher, rows), F.take(y, rows)
+        loss = F.distillation_loss(scores, soft, labels, temperature=temperature)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        return loss
+
+    return step, model
+
+
 for real in ("float32", "float64"):
     for sizes, activation, optimizer in (
         ((7, 5, 3), "relu", kd.optim.Adam),
         ((64, 33, 10), "gelu", kd.optim.SGD),
         ((17, 48, 31, 101), "tanh", kd.optim.AdamW),
     ):
-        x, y, teacher = data(101, sizes[0], sizes[-1], real)
-        model = kd.nn.MLP(sizes, activation, dropout=0.2, dtype=real)
-        opt = optimizer(model.parameters(), 0.01)
-
-        @kd.compile
-        def step(rows, temperature):
-            scores, soft, labels = model(F.take(x, rows)), F.take(teacher, rows), F.take(y, rows)
-            loss = F.distillation_loss(scores, soft, labels, temperature=temperature)
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-            return loss
-
+        step, model = training(sizes, activation, optimizer, real)
         for batch in (1, 13, 32):
             losses = step.epoch(rng.integers(0, 101, (20, batch)), np.linspace(1, 5, 20))
             assert np.isfinite(losses).all()
-        del x, y, teacher, model, opt
+        for rows in (1, 2, 7, 40):
+            for _ in range(3):
+                model.predict_proba(rng.normal(size=(rows, sizes[0])))
+        plans = len(step.plans)
         gc.collect()
         junk = [np.full(k, np.nan) for k in range(1, 2000)]
         assert np.isfinite(step.epoch(rng.integers(0, 101, (20, 32)), np.linspace(1, 5, 20))).all()
+        assert len(step.plans) == plans == 3
         try:
             step(np.full(32, 101), np.array(2.0))
         except ValueError as error:

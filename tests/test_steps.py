@@ -1238,3 +1238,20 @@ def test_a_method_can_be_a_step() -> None:
     x = np.ones(3, np.float32)
     for trainer in (Trainer(2.0), Trainer(3.0)):
         assert [trainer.step(x).numpy()[0] for _ in range(3)] == [trainer.factor] * 3
+
+
+def test_another_model_in_an_attribute_is_noticed() -> None:
+    class Trainer:
+        def __init__(self) -> None:
+            self.model = kd.nn.MLP([3, 2], seed=0)
+
+        @kd.compile
+        def scores(self, x: Any) -> Any:
+            return self.model(x)
+
+    trainer, x = Trainer(), np.ones((4, 3), np.float32)
+    for seed in (0, 1):
+        trainer.model = kd.nn.MLP([3, 2], seed=seed)
+        wanted = trainer.model.logits(x)
+        for _ in range(3):
+            np.testing.assert_array_equal(trainer.scores(x).numpy(), wanted)
