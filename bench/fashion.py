@@ -169,9 +169,10 @@ def markdown(report: Mapping[str, Any], names: Sequence[str] = ()) -> str:
     settings = report["settings"]
     arrays = f"Of the memory, {report['array_bytes'] / 1e6:,.0f} MB are the arrays themselves."
     threads = "one thread each" if settings["threads"] == "1" else "each with its own number of threads"
+    rounds = f"medians of {settings['rounds']} runs, in which all take turns" if settings["rounds"] > 1 else "one run"
     how = (
-        f"{settings['rows']:,} rows, {settings['epochs']} epochs, batches of {BATCH}, Adam at {LR}; medians of "
-        f"{settings['rounds']} runs, in which all take turns, {threads}. {arrays}"
+        f"{settings['rows']:,} rows, {settings['epochs']} epochs, batches of {BATCH}, Adam at {LR}; "
+        f"{rounds}, {threads}. {arrays}"
     )
     table = markdown_table(*summary(report))
     return "\n\n".join([machine_text({**report, "cases": [], "missing": {}}), how, table])
