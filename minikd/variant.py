@@ -281,7 +281,7 @@ class Variant:
         status = plan.start()
         if status:
             plan.refuse(status)
-        for tensor, gradient in self.gradients:
+        for tensor, gradient in self.gradients:  # what take_effect(1) does, without a call
             tensor._grad = gradient
         for tensor in self.changed:
             tensor.version += 1
