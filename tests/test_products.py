@@ -282,7 +282,7 @@ def test_a_library_says_what_it_is() -> None:
 
 
 def test_scipys_blas_is_found_only_once_it_was_imported_and_is_right() -> None:
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason="needs SciPy")
     code = (
         "from minikd.kernels import blas\n"
         "print(len(list(blas._of_scipy())))\n"
