@@ -269,6 +269,8 @@ class Module:
         if type(x) is np.ndarray and x.ndim == 2 and 0 < len(x) <= ROWS_AT_A_TIME and x.dtype in FLOATS:
             return predictor(what, x, settings)
         array = as_real("logits", "x", x.array if isinstance(x, Tensor) else x)
+        if array.ndim == 0:
+            raise ShapeError("predict", "x", expected="rows of features (n, k), or one row (k,)", got="a single number")
         rows = array[None] if array.ndim == 1 else array.reshape(len(array), math.prod(array.shape[1:]))
         starts = range(0, max(len(rows), 1), ROWS_AT_A_TIME)
         pieces = [predictor(what, rows[k : k + ROWS_AT_A_TIME], settings) for k in starts]

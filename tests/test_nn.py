@@ -494,3 +494,8 @@ def test_a_parameter_lives_in_one_arena_only_and_the_same_set_shares_it() -> Non
     with pytest.raises(ArgumentError, match="that no other optimizer holds"):
         Arena.of([*model.parameters(), extra])
     assert extra.arena is None
+
+
+def test_a_single_number_is_no_row_to_predict() -> None:
+    with pytest.raises(ShapeError, match="rows of features"):
+        MLP([2, 2]).predict(np.array(3.0))
