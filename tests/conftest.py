@@ -33,6 +33,15 @@ def why_missing(name: str) -> str:
     return BACKENDS[name].missing()
 
 
+def need(name: str) -> None:
+    """Skip the test where a backend cannot run; with MINIKD_REQUIRE_C=1 a missing C backend is a failure."""
+    reason = why_missing(name)
+    if reason and name == "c" and os.environ.get("MINIKD_REQUIRE_C") == "1":
+        pytest.fail(f"MINIKD_REQUIRE_C=1, but the C backend is missing: {reason}")
+    if reason:
+        pytest.skip(f"needs the {name} backend: {reason}")
+
+
 def pytest_report_header() -> list[str]:
     states = [f"{name} ({why_missing(name) or 'available'})" for name in BACKENDS]
     lines = [f"minikd {kd.__version__}, NumPy {np.__version__}, backends: {', '.join(states)}"]
@@ -45,14 +54,25 @@ def pytest_report_header() -> list[str]:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn: chosen before the test, and the one before it chosen again afterwards."""
     name = request.param
-    reason = why_missing(name)
-    if reason and name == "c" and os.environ.get("MINIKD_REQUIRE_C") == "1":
-        pytest.fail(f"MINIKD_REQUIRE_C=1, but the C backend is missing: {reason}")
-    if reason:
-        pytest.skip(f"needs the {name} backend: {reason}")
+    need(name)
     before = current_backend()
     kd.use_backend(name)
     yield name
+    kd.use_backend(before)
+
+
+@pytest.fixture
+def c_built() -> None:
+    """The extension module is there."""
+    need("c")
+
+
+@pytest.fixture
+def c_in_use(c_built: None) -> Iterator[None]:
+    """The C backend, and the one before it afterwards."""
+    before = current_backend()
+    kd.use_backend("c")
+    yield
     kd.use_backend(before)
 
 

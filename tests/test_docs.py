@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import minikd as kd
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -45,17 +43,13 @@ def test_the_python_of_the_readme_runs() -> None:
         "z_student": rng.normal(size=(8, 10)).astype(np.float32),
         "z_teacher": rng.normal(size=(8, 10)).astype(np.float32),
     }
-    names["labels"] = names["labels"]
     run("README.md", shown[1].replace("z_student, z_teacher, labels", "z_student, z_teacher, labels[:8]"), names)
     assert names["losses"].shape == (6,)
     assert names["gradient"].shape == (8, 10)
 
 
+@pytest.mark.usefixtures("c_in_use")
 def test_the_page_of_one_step_shows_the_step_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    if kd.backends()["c"].available:
-        kd.use_backend("c")
-    else:
-        pytest.skip("needs the C backend")
     (code,) = blocks("docs/one_step.md", "python")
     run("docs/one_step.md", code, {})
     printed = capsys.readouterr().out

@@ -25,14 +25,7 @@ each_float = pytest.mark.parametrize("dtype", FLOATS)
 each_level = pytest.mark.parametrize("level", native.cpu_levels() or ("base",))
 
 
-@pytest.fixture(autouse=True)
-def built() -> None:
-    """Skip where there is no extension module; with MINIKD_REQUIRE_C=1 that is a failure."""
-    reason = native.unavailable()
-    if reason and os.environ.get("MINIKD_REQUIRE_C") == "1":
-        pytest.fail(f"MINIKD_REQUIRE_C=1, but the C backend is missing: {reason}")
-    if reason:
-        pytest.skip(f"needs the C backend: {reason}")
+pytestmark = pytest.mark.usefixtures("c_built")
 
 
 def run(level: str, name: str, *buffers: Any, **attrs: Any) -> None:

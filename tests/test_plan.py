@@ -19,7 +19,7 @@ import minikd as kd
 from minikd import functional as F
 from minikd import nn
 from minikd.errors import ArgumentError
-from minikd.kernels import current_backend, run
+from minikd.kernels import run
 from minikd.kernels.recording import MADE, Buffer, Recorded, Recorder, recording
 from minikd.ops import OPS
 from minikd.plan import ALIGNMENT, Plan, Span, aligned, block_of, place_all, share_in_place, spans_of
@@ -218,9 +218,8 @@ def test_buffers_of_a_plan_that_are_alive_at_the_same_time_never_meet() -> None:
                 assert not overlapping((at, a[1]), (other_at, b[1]))
 
 
+@pytest.mark.usefixtures("c_in_use")
 def test_on_c_a_step_is_one_call() -> None:
-    if current_backend() != "c":
-        pytest.skip("needs the c backend")
     step, _ = training_step()
     for seed in range(3):
         step(*batch(seed))

@@ -151,8 +151,6 @@ class Incomparable:
     def __eq__(self, other: object) -> bool:
         raise ValueError("on purpose")
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 def line_of(use: Use) -> str:
     return inspect.getsource(use).splitlines()[0].strip()

@@ -94,9 +94,9 @@ def sanitizer() -> str:
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package whose extension module checks every access."""
     if os.environ.get("MINIKD_SANITIZE") != "1":
-        pytest.skip("needs MINIKD_SANITIZE=1")
+        pytest.skip("needs MINIKD_SANITIZE=1, which builds the kernels once more: that takes a minute")
     if not sanitizer():
-        pytest.skip("needs gcc with AddressSanitizer")
+        pytest.fail("MINIKD_SANITIZE=1 asks for AddressSanitizer, but there is no gcc that has it")
     folder = tmp_path_factory.mktemp("sanitized")
     for name in ("minikd", "csrc"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))

@@ -24,13 +24,7 @@ each_float = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
 @pytest.fixture(autouse=True)
-def as_many_threads_as_before() -> Iterator[None]:
-    """Skip where there is no extension module; with MINIKD_REQUIRE_C=1 that is a failure."""
-    reason = native.unavailable()
-    if reason and os.environ.get("MINIKD_REQUIRE_C") == "1":
-        pytest.fail(f"MINIKD_REQUIRE_C=1, but the C backend is missing: {reason}")
-    if reason:
-        pytest.skip(f"needs the C backend: {reason}")
+def as_many_threads_as_before(c_built: None) -> Iterator[None]:
     before = native.threads()
     yield
     native.set_threads(before)
