@@ -67,7 +67,7 @@ class Recorded(NamedTuple):
 
 
 class Guard(NamedTuple):
-    """An attribute that decided what was recorded; a plan is valid while it is the same object."""
+    """What decided a recording; a plan holds while this attribute is the same object, or an equal number or text."""
 
     object: Any
     attribute: str
@@ -196,7 +196,7 @@ class Recorder:
         return place
 
     def knows(self, array: Any) -> bool:
-        """Whether this array looks at an argument or at memory that the step's kernels fill."""
+        """Whether this array looks at an argument, at memory that kernels of the step fill, or at a constant."""
         storage = self._known.get(id(owner_of(array)))
         return storage is not None and self.storages[storage].kind in (ARGUMENT, MADE, CONSTANT)
 
