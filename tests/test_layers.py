@@ -20,6 +20,7 @@ PACKAGE = Path(kd.__file__).parent
 LAYERS = {
     "errors": 0,
     "ops": 1,
+    "safetensors": 1,
     "_native": 2,
     "kernels": 2,
     "tape": 3,
@@ -34,6 +35,7 @@ LAYERS = {
     "data": 6,
     "teachers": 6,
     "store": 6,
+    "training": 7,
     "distillation": 7,
     "metrics": 7,
     "export": 8,

@@ -18,8 +18,8 @@ from minikd.bench.contenders import Contender
 from minikd.bench.machine import PACKAGES, describe
 from minikd.bench.worker import CONDITIONS, WorkerFailed, spawn
 from minikd.errors import DataError
-from minikd.export.safetensors import write_whole
 from minikd.report.table import Table, show
+from minikd.safetensors import write_whole
 
 README = ("README.md", "bench/README.md")
 Case = dict[str, Any]

@@ -17,8 +17,8 @@ import numpy as np
 import minikd
 from minikd.data import Normalisation
 from minikd.errors import ArgumentError, MinikdError, ModelFormatError
-from minikd.export.safetensors import read_tensors, write_tensors
 from minikd.nn import MLP, Module
+from minikd.safetensors import read_tensors, write_tensors
 
 FORMAT, FORMAT_VERSION = "minikd", "1"
 _MEAN, _DEVIATION = "normalisation.mean", "normalisation.deviation"

@@ -16,11 +16,11 @@ from typing import Any
 from minikd.distillation import DistillResult, Settings
 from minikd.errors import OutputError
 from minikd.export import save
-from minikd.export.safetensors import write_whole
 from minikd.kernels import current_backend
 from minikd.nn import Module
 from minikd.report.config import to_toml
 from minikd.report.pictures import learning_curves, soft_labels
+from minikd.safetensors import write_whole
 
 # Every file of a run and what it is for; `minikd distill` prints those that are there.
 FILES = {
