@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Tensor": "minikd.tensor",
     "no_grad": "minikd.tape",
+    "as_teacher": "minikd.teachers",
     "compile": "minikd.steps",
     "backends": "minikd.kernels",
     "use_backend": "minikd.kernels",
@@ -31,6 +32,7 @@ _PUBLIC = {
     "nn": "minikd.nn",
     "ops": "minikd.ops",
     "optim": "minikd.optim",
+    "teachers": "minikd.teachers",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -33,6 +33,7 @@ LAYERS = {
     "nn": 5,
     "optim": 5,
     "data": 6,
+    "model_file": 6,
     "teachers": 6,
     "store": 6,
     "training": 7,
