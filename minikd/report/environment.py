@@ -19,7 +19,7 @@ from minikd.kernels.threads import threads
 from minikd.report.table import Table
 
 # Extra → the packages that `pip install 'minikd[extra]'` brings.
-EXTRAS = {"cli": ("rich", "matplotlib", "threadpoolctl"), "numba": ("numba",)}
+EXTRAS = {"cli": ("rich", "matplotlib", "threadpoolctl"), "numba": ("numba",), "teachers": ("sklearn", "onnxruntime")}
 
 
 def environment_table() -> Table:

@@ -85,12 +85,20 @@ class EstimatorTeacher(Teacher):
 
 
 def _content(model: Any) -> str:
-    """A digest of what an estimator learned. joblib's does not depend on how texts and dicts lie in memory."""
+    """A digest of what an estimator learned, from a copy through pickle, as memory is laid out alike in all of those.
+
+    joblib's digest does not depend on how texts and dicts lie in memory either; without joblib, the pickle's does.
+    """
     try:
-        joblib = library("joblib")
+        copy = pickle.loads(pickle.dumps(model))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        fix = "Say identity=…, a name that changes when the model does."
+        expected = "a model that can be pickled, which its identity needs"
+        raise ArgumentError("as_teacher", "the estimator", expected=expected, got=str(error), fix=fix) from error
+    try:
+        return f"joblib-{library('joblib').hash(copy, hash_name='sha1')}"
     except BackendError:
-        return digest([("pickle", pickle.dumps(model))])
-    return f"joblib-{joblib.hash(model, hash_name='sha1')}"
+        return digest([("pickle", pickle.dumps(copy))])
 
 
 def class_ids(
