@@ -143,7 +143,6 @@ class Case(NamedTuple):
 
     make: Callable[[int], Any]
     gives: str = "logits"
-    pickles: bool = True
 
 
 CASES = {
@@ -535,8 +534,8 @@ def test_an_onnx_model_for_a_fixed_number_of_rows_is_called_in_pieces(batch: int
 
 def test_rows_are_arranged_as_an_onnx_input_asks() -> None:
     np.testing.assert_array_equal(onnx_teacher(shape=(1, 2, 3)).logits(X), onnx_teacher().logits(X))
-    with pytest.raises(ShapeError, match=r"rows of shape \(1, 2, 2\)"):
-        onnx_teacher(shape=(1, 2, 2)).logits(X)
+    with pytest.raises(ShapeError, match=r"rows of shape \(1, 2, 3\)"):
+        onnx_teacher(shape=(1, 2, 3)).logits(X[:, :4])
 
 
 def test_what_an_onnx_output_gives_is_told_named_or_seen() -> None:
@@ -686,7 +685,7 @@ def test_a_damaged_table_is_refused(name: str, content: bytes, words: str, tmp_p
 def test_pickled_arrays_are_never_loaded(tmp_path: Path) -> None:
     for name, save in (("t.npy", np.save), ("t.npz", np.savez)):
         save(tmp_path / name, np.array([[1, "x"]], object), allow_pickle=True)
-        with pytest.raises(DataError, match="allow_pickle=False"):
+        with pytest.raises(DataError, match=r"Python objects|allow_pickle=False"):
             as_teacher(tmp_path / name, allow_pickle=True)
 
 
@@ -736,7 +735,7 @@ def test_the_two_averages_are_what_they_say() -> None:
     np.testing.assert_allclose(p, 0.25 * softmax(a) + 0.75 * softmax(b), atol=1e-6)
     z = Ensemble(both, w, "logits").logits(None, ROWS)
     np.testing.assert_allclose(z, 0.25 * a + 0.75 * b, atol=1e-6)
-    assert z.dtype == np.float32
+    assert z.dtype == Ensemble(both, w, "logits")(None, ROWS).dtype == np.float32
 
 
 def test_a_veto_counts_in_logits_and_is_outvoted_in_probabilities() -> None:

@@ -46,6 +46,7 @@ class Ensemble(Teacher):
         super().__init__(average, classes or next((t.classes for t in teachers if t.classes), None), identity)
         self.teachers, self.average = tuple(teachers), average
         self.weights = self._normalised(weights)
+        self._dtype = np.dtype(np.float32)
         self.per_row = any(t.per_row for t in self.teachers)
 
     def _normalised(self, weights: Sequence[float] | None) -> np.ndarray:

@@ -52,8 +52,11 @@ class Teacher:
         checked: its shape, NaN and +inf, and that probabilities lie in [0, 1] and sum to 1 within SUM_TOLERANCE.
         """
         x, rows = self._asked(x, rows)
+        n = len(rows) if self.per_row else len(x)
+        if not n and self.classes:  # many a library refuses to be asked for nothing
+            return np.empty((0, self.classes), np.float32)
         scores = as_real(self._name, "the answer", self._answer(x, rows))
-        self._check(scores, len(rows) if self.per_row else len(x), rows)
+        self._check(scores, n, rows)
         if self.gives == PROBABILITIES:
             with np.errstate(divide="ignore"):  # log 0 = -inf is meant
                 scores = np.log(scores)
@@ -67,7 +70,9 @@ class Teacher:
         self.classes, self._seen = scores.shape[1], self._seen or len(scores) > 0
         return np.ascontiguousarray(scores)
 
-    __call__ = logits
+    def __call__(self, x: Any, rows: Any = None) -> np.ndarray:
+        """The same as `logits`."""
+        return self.logits(x, rows)
 
     def probabilities(self, x: Any, rows: Any = None, *, temperature: float = 1.0) -> np.ndarray:
         """softmax(logits / T) of shape (n, c); a class of probability 0 keeps it at every T."""
