@@ -11,7 +11,7 @@ import numpy as np
 from minikd import functional as F
 from minikd.objectives.objective import IGNORED, Batch, Term
 
-__all__ = ["HardLabels", "LogitRegression", "Softened", "SoftCrossEntropy", "SoftLabels"]
+__all__ = ["HardLabels", "LogitRegression", "SoftCrossEntropy", "SoftLabels", "Softened"]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -99,8 +99,15 @@ class SoftLabels(Softened):
     source = "Hinton, Vinyals and Dean 2015, eq. 1 and sec. 2"
 
     def value(self, batch: Batch) -> Any:
-        options = {"temperature": self.temperature, "scale_t2": self.scale_t2, "hard_weight": 0.0, "soft_weight": 1.0}
-        return F.distillation_loss(batch.student_logits, batch.teacher_logits, None, **options)
+        return F.distillation_loss(
+            batch.student_logits,
+            batch.teacher_logits,
+            None,
+            temperature=self.temperature,
+            hard_weight=0.0,
+            soft_weight=1.0,
+            scale_t2=self.scale_t2,
+        )
 
     def fuses_with(self, other: Term) -> bool:
         return isinstance(other, HardLabels) and other.class_weights is None
