@@ -51,6 +51,7 @@ const minikd_entry MINIKD_TABLE[] = {
     {"linear_gelu_vjp", linear_gelu_vjp},
     {"sgd_step", sgd_step},
     {"adam_step", adam_step},
+    {"clip_norm", clip_norm},
     {"dropout", dropout},
     {"dropout_vjp", dropout_vjp},
     {"take", take},

@@ -36,6 +36,7 @@ typedef struct minikd_attributes {
     double beta2;
     double eps;
     double p;
+    double limit;
     enum minikd_reduction reduction;
     _Bool scale_t2;
     _Bool log_target;

@@ -109,6 +109,8 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adam": lambda p: kd.optim.Adam(p, 0.01),
     "adam with decay": lambda p: kd.optim.Adam(p, 0.01, weight_decay=0.1),
     "adamw": lambda p: kd.optim.AdamW(p, 0.01, max_norm=1.0),
+    "clipped": lambda p: kd.optim.Adam(p, 0.01, clip=0.05),
+    "clipped and constrained": lambda p: kd.optim.SGD(p, 0.1, momentum=0.9, max_norm=0.7, clip=0.1),
 }
 ACTIVATIONS = ("relu", "gelu", "tanh", "sigmoid")
 
@@ -756,6 +758,10 @@ CHANGES: dict[str, Callable[[World], None]] = {
     ),
     "no gradients": lambda world: world.optimizers[0].zero_grad(),
     "max_norm": lambda world: setattr(world.optimizers[0], "max_norm", 0.3),
+    "clip": lambda world: setattr(world.optimizers[0], "clip", 0.05),
+    "state loaded": lambda world: world.optimizers[0].load_state_dict(
+        {name: value / 2 if name != "steps" else value for name, value in world.optimizers[0].state_dict().items()}
+    ),
     "momentum": lambda world: world.optimizers[0].state["v"].fill(0.25),
     "predicted": lambda world: world.more["model"].predict(np.ones((2, 6), np.float32)) is None,
 }

@@ -59,6 +59,7 @@ def flat(rng: np.random.Generator, size: int, dtype: str) -> dict[str, tuple[lis
     return {
         "sgd_step": ([x.copy(), np.abs(g)], [g, lr], momentum),
         "adam_step": ([x.copy(), g.copy(), np.abs(x)], [g, lr, step], {"weight_decay": 0.1}),
+        "clip_norm": ([x.copy()], [], {"limit": 0.5}),
         "add_into": ([x.copy()], [g], {}),
         "dropout": ([np.empty_like(x), np.empty_like(x)], [x, step], {"p": 0.3, "seed": 5, "stream": 2}),
         "dropout_vjp": ([np.empty_like(x)], [g, None, x, None, None], {"p": 0.3}),
