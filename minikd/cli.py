@@ -180,7 +180,8 @@ def read_settings(options: argparse.Namespace) -> tuple[Settings, dict[str, str]
     origins |= {name: f"{options.config}: {name}" for name in from_file}
     origins |= {name: option_name(name) for name in given}
     settings = Settings(**{**from_file, **given})
-    paths: dict[str, Any] = {"data": settings.data if settings.data.lower() not in NAMED else None, "teacher": settings.teacher}
+    data = None if settings.data.lower() in NAMED else settings.data
+    paths: dict[str, Any] = {"data": data, "teacher": settings.teacher}
     for name, path in paths.items():
         if isinstance(path, str) and path and Path(path).exists():
             paths[name] = str(Path(path).absolute())  # for config.toml's sake

@@ -186,7 +186,7 @@ class Experiment:
 
     def _fingerprint(self) -> str:
         """What the states of this run's trainings depend on, in one word."""
-        about = dataclasses.asdict(self.settings) | {"seeds": None, "checkpoint_every": None}
+        about = dataclasses.asdict(self.settings) | {"backend": current_backend(), "seeds": 0, "checkpoint_every": 0}
         text = json.dumps([about, self.dataset.sha256, str(self.objective), self.alone], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -451,7 +451,7 @@ class Experiment:
         s, data = self.settings, self.dataset
         key = ", ".join(filter(None, (f"seed {seed}", situation, name)))
         place = {"situation": situation, "model": name, "seed": seed}
-        finished = self._checkpoints.finished(key) if self._checkpoints else None
+        finished = None if self._checkpoints is None else self._checkpoints.finished(key)
         if finished is not None:
             tensors, facts = finished
             model.load_state_dict(tensors)
@@ -486,7 +486,7 @@ class Experiment:
             patience=s.patience,
             on_epoch=on_epoch,
             on_step=self._on_step,
-            keeper=self._checkpoints.training(key) if self._checkpoints else None,
+            keeper=None if self._checkpoints is None else self._checkpoints.training(key),
             **how,
         )
         try:
@@ -494,7 +494,7 @@ class Experiment:
         finally:
             rows = [{**place, **figures} for figures in training.history]
             self.history += rows
-        if self._checkpoints:
+        if self._checkpoints is not None:
             self._checkpoints.finish(key, model.state_dict(), {"history": rows})
 
     def _trained(self) -> int:
@@ -590,7 +590,7 @@ class Experiment:
 
     def _plain_settings(self) -> dict[str, Any]:
         """The settings as JSON knows them; null where an object was given in their place."""
-        settings = dataclasses.asdict(self.settings)
+        settings = dataclasses.asdict(self.settings) | {"backend": self.settings.backend or current_backend()}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
         none = ["data"] * self._given_data + ["student"] * (self._student is not None)
         none += ["teacher"] * (self._given_teacher is not None)

@@ -62,7 +62,7 @@ class Settings:
     shift: int = option(0, "pixels by which the student's images are shifted at random; 0 for none")
     sampling: str = option("shuffled", "of the rows: shuffled, or balanced, where all classes come equally often")
     patience: int = option(0, "stop after so many epochs without a better validation accuracy; 0 for never")
-    checkpoint_every: int = option(0, "steps between two checkpoints; 0 for one after each epoch")
+    checkpoint_every: int = option(0, "steps between two checkpoints; 0 for one after each epoch, ten a second at most")
     seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "one paired comparison for each")
     split_seed: int = option(0, "of the division into training, validation and test part")
     backend: str = option("", "c, numba or numpy; empty for the best that runs here")

@@ -141,8 +141,9 @@ class RunFolder:
 
     def write_results(self, result: DistillResult) -> None:
         """Write the figures and the models that there are so far; can be called again when there are more."""
-        write_whole(self.path / "history.csv", _csv(result.history))
-        write_whole(self.path / "history.jsonl", _jsonl(result.history))
+        last = result.complete  # which must outlast a power cut
+        write_whole(self.path / "history.csv", _csv(result.history), durable=last)
+        write_whole(self.path / "history.jsonl", _jsonl(result.history), durable=last)
         if self.tensorboard:
             write_events(self.path / EVENTS, result.history[self._logged :])
             self._logged = len(result.history)
@@ -150,7 +151,7 @@ class RunFolder:
             if isinstance(model, Module) and self._saved.get(name) is not model:
                 save(self.path / name, model)
                 self._saved[name] = model
-        write_whole(self.path / REPORT, _json(result.report))
+        write_whole(self.path / REPORT, _json(result.report), durable=last)
 
     def write_pictures(self, result: DistillResult) -> None:
         """Draw the pictures that there is material for.
