@@ -33,9 +33,9 @@ class Layered(Term):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        pairs = self.pairs
-        if isinstance(pairs, tuple | list) and len(pairs) == 2 and all(isinstance(name, str) for name in pairs):
-            pairs = (tuple(pairs),)
+        pairs: Any = self.pairs
+        if _is_pair(pairs):
+            pairs = (pairs,)
         fits = isinstance(pairs, tuple | list) and len(pairs) > 0 and all(map(_is_pair, pairs))
         self.check("pairs", 'pairs of layers such as (("1", "1"), ("3", "5"))', fits)
         self.pairs = tuple((str(ours), str(theirs)) for ours, theirs in pairs)

@@ -18,7 +18,9 @@ __all__ = ["DIST", "RelationalAngle", "RelationalDistance"]
 # --- correlations of the predictions ---
 
 CORRELATION_EPS = 1e-8  # of the published code, added to the product of the two lengths
-SMALLEST_SQUARE = 1e-30  # keeps the gradient of a length finite where it is 0; far below what CORRELATION_EPS lets count
+SMALLEST_SQUARE = (
+    1e-30  # keeps the gradient of a length finite where it is 0; far below what CORRELATION_EPS lets count
+)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -41,7 +43,7 @@ class DIST(Softened):
     temperature: float = 1.0
 
     formula = "T²·(inter·(1 - mean_rows ρ(q, p)) + intra·(1 - mean_classes ρ(q, p)))"
-    source = "Huang et al. 2022, eq. 7 to 10, with the factor T² and the 1e-8 of its published code"
+    source = "Huang et al. 2022 (DIST), with the factor T² and the 1e-8 of its published code"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +118,7 @@ class RelationalDistance(Relational):
     """Distances between the rows of a batch, in units of their mean; time and memory grow as n²."""
 
     formula = "1/n²·Σ_ij huber(d_ij(s) - d_ij(t)),  d_ij = ‖x_i - x_j‖ / mean of those with i ≠ j"
-    source = "Park et al. 2019, eq. 4 to 6 (RKD-D)"
+    source = "Park et al. 2019, sec. 3.2.1 (RKD-D)"
 
     def relation(self, x: Tensor) -> Tensor:
         n = x.shape[0]
@@ -132,7 +134,7 @@ class RelationalAngle(Relational):
     """
 
     formula = "1/n³·Σ_ijk huber(cos∠ijk(s) - cos∠ijk(t)),  cos∠ijk = (d_ij² + d_jk² - d_ik²) / (2·d_ij·d_jk)"
-    source = "Park et al. 2019, eq. 7 and 8 (RKD-A)"
+    source = "Park et al. 2019, sec. 3.2.2 (RKD-A)"
 
     def relation(self, x: Tensor) -> Tensor:
         n = x.shape[0]
