@@ -29,6 +29,8 @@ typedef struct minikd_attributes {
     uint64_t seed;
     uint64_t stream;
     int64_t ignore_index;
+    int64_t width;
+    int64_t most;
     double label_smoothing;
     double momentum;
     double weight_decay;

@@ -101,7 +101,7 @@ static void squares_part(void *shared, int64_t first, int64_t end)
     job->partial[first / job->grain] = across(lane) + rest;
 }
 
-/* g *= min(1, limit / ‖g‖); a norm that is infinite or NaN scales nothing */
+/* g *= min(1, limit / ‖g‖); a norm that is not finite scales nothing */
 static int64_t clip_norm(const minikd_call *call)
 {
     const int64_t k = call->size[0];

@@ -778,6 +778,37 @@ def test_whatever_is_changed_between_two_calls_is_noticed(changes: list[str], dr
 
 
 @each_backend
+def test_a_step_that_moves_pictures_and_weighs_a_corrected_teacher_is_replayed_bit_by_bit() -> None:
+    def build() -> World:
+        model, fill, count = (
+            nn.MLP([12, 8, 4], dropout=0.3, seed=3),
+            np.full(12, -0.5, np.float32),
+            np.zeros((), np.int64),
+        )
+        optimizer = kd.optim.Adam(model.parameters(), 0.05, clip=0.3)
+
+        def step(x: Any, teacher: Any, y: Any, t: Any) -> Any:
+            kd.kernels.run("advance", count)
+            moved = F.shift_images(x, (3, 4), count, fill=fill, seed=5)
+            weight = F.teacher_confidence(teacher, y, t) + F.teacher_confidence(kd.Tensor.of(teacher), temperature=t)
+            z = F.corrected_logits(teacher, y)
+            loss = (F.distillation_loss(model(moved), z, y, temperature=t, reduction="none") * weight).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss, moved, weight, z
+
+        return World(step, [model], [optimizer])
+
+    rng = np.random.default_rng(0)
+    calls = [
+        (normal(rng, n, 12), normal(rng, n, 4), np.where(rng.random(n) < 0.2, -100, rng.integers(0, 4, n)), np.array(t))
+        for n, t in [(5, 2.0), (5, 4.0), (5, 1.0), (3, 2.0), (3, 8.0), (5, 2.0), (3, 1.0)]
+    ]
+    compare(build, calls)
+
+
+@each_backend
 def test_a_new_optimizer_over_new_memory_is_noticed() -> None:
     def build() -> World:
         model = nn.MLP([6, 8, 4], seed=3)

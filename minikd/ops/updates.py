@@ -121,7 +121,7 @@ def _clip_norm(xp: Any, g: Any, limit: float) -> None:
 register(
     Op(
         name="clip_norm",
-        formula="g *= min(1, limit / ‖g‖), the norm over all of g in float64; one that is infinite or NaN scales nothing",
+        formula="g *= min(1, limit / ‖g‖), the norm over all of g in float64; one that is not finite scales nothing",
         signature="-> g!(k)",
         attrs={"limit": 1.0},
         forward=_clip_norm,
