@@ -5,6 +5,7 @@ differentiated, tested on every backend and documented, because all of these wal
 """
 
 from minikd.ops import (
+    divergences,
     elementwise,
     linear,
     linear_losses,
@@ -20,4 +21,16 @@ from minikd.ops.op import OPS, Argument, Op, Shape
 
 __all__ = ["OPS", "Argument", "Op", "Shape"]
 
-_SUBJECTS = (elementwise, shapes, reductions, linear, rows, losses, linear_losses, predictions, random, updates)
+_SUBJECTS = (
+    elementwise,
+    shapes,
+    reductions,
+    linear,
+    rows,
+    losses,
+    divergences,
+    linear_losses,
+    predictions,
+    random,
+    updates,
+)
