@@ -581,7 +581,8 @@ static void decoupled_rows(const divergence_job *job, real *memory, double *loss
         decoupled_row(job, memory, loss + l, dz ? dz + l * c : NULL, z_s + l * c, z_t + l * c, y[l]);
 }
 
-/* loss = α·T²·KL((q_y, 1-q_y) ‖ (p_y, 1-p_y)) + β·T²·KL(q̂ ‖ p̂), p̂_j = p_j/(1-p_y), q̂_j = q_j/(1-q_y), j ≠ y;
+/* loss = α·T²·KL((q_y, 1-q_y) ‖ (p_y, 1-p_y)) + β·T²·KL(q̂ ‖ p̂);
+ * p̂_j = p_j/(1-p_y), q̂_j = q_j/(1-q_y) for j ≠ y;
  * dz_s = α·T·(p_y - q_y) at y, else T·(β·(p̂ - q̂) - α·(p_y - q_y)·p̂) */
 static int64_t decoupled_kd(const minikd_call *call)
 {

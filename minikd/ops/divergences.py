@@ -1,8 +1,8 @@
 """Divergences of softened rows beside KL(teacher ‖ student): reversed, mixed, decoupled by the target, standardised.
 
-Everywhere p = softmax(z_s/T) is the student and q = softmax(z_t/T) the teacher, a constant. Each loss takes its gradient
-with respect to z_s in the same traversal and saves it, as those of `losses` do. With `scale_t2` both are multiplied by
-T². Where one of the two shares of a mixture is 0, the divergence is a plain KL and is computed as that.
+Everywhere p = softmax(z_s/T) is the student and q = softmax(z_t/T) the teacher, a constant. Each loss takes its
+gradient with respect to z_s in the same traversal and saves it, as those of `losses` do. With `scale_t2` both are
+multiplied by T². Where one of the two shares of a mixture is 0, the divergence is a plain KL and is computed as that.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _pairs(rng: np.random.Generator, dtype: Any, least: int = 1) -> list[tuple[A
 
 
 def _masked(dtype: Any) -> tuple[Any, Any, float]:
-    """Rows in which both rule out the same class, and where only the student does not come near one of the teacher's."""
+    """Rows in which both rule out the same class, and one in which the teacher nearly rules out another."""
     student, teacher = [[0, -np.inf, 1, 0.5], [-np.inf, 1, 2, -1]], [[1, -np.inf, 0, -2], [-np.inf, 3, 1, -90]]
     return np.array(student, dtype), np.array(teacher, dtype), 2.0
 
@@ -107,8 +107,8 @@ def _apart(xp: Any, r: Any, m: Any, gap: Any, log_r: Any) -> tuple[Any, Any]:
 def _mixed_rows(xp: Any, mix: _Mixture, student_logits: Any, teacher_logits: Any, inverse_t: float) -> tuple[Any, Any]:
     """The divergence of each row, and its derivative by z_s/T: p·(r - Σ p·r).
 
-    With r = ∂/∂p up to a constant, r = teacher·of_p·(m - q)/m + student·(log(p/m) - of_q·(m - q)/m), and r = log p - log q
-    of the reverse KL.
+    r is ∂/∂p up to a constant: teacher·of_p·(m - q)/m + student·(log(p/m) - of_q·(m - q)/m), and log p - log q where
+    m is q. A row whose divergence is infinite has no gradient: it is NaN.
     """
     p, log_p = softened(xp, student_logits, inverse_t)
     q, log_q = softened(xp, teacher_logits, inverse_t)
@@ -357,7 +357,8 @@ register(
     Op(
         name="decoupled_kd",
         formula=(
-            "loss = α·T²·KL((q_y, 1-q_y) ‖ (p_y, 1-p_y)) + β·T²·KL(q̂ ‖ p̂), p̂_j = p_j/(1-p_y), q̂_j = q_j/(1-q_y), j ≠ y;  "
+            "loss = α·T²·KL((q_y, 1-q_y) ‖ (p_y, 1-p_y)) + β·T²·KL(q̂ ‖ p̂);  "
+            "p̂_j = p_j/(1-p_y), q̂_j = q_j/(1-q_y) for j ≠ y;  "
             "dz_s = α·T·(p_y - q_y) at y, else T·(β·(p̂ - q̂) - α·(p_y - q_y)·p̂);  "
             "p = softmax(z_s/T), q = softmax(z_t/T)"
         ),
