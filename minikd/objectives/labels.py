@@ -43,7 +43,8 @@ class HardLabels(Term):
 
     def value(self, batch: Batch) -> Any:
         logits = batch.student_logits
-        weight = None if self.class_weights is None else np.array(self.class_weights, logits.dtype)
+        given = self.class_weights
+        weight = None if given is None else note_constant(np.array(given, logits.dtype))
         return F.cross_entropy(
             logits, batch.target, weight=weight, ignore_index=IGNORED, label_smoothing=self.label_smoothing
         )
