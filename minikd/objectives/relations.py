@@ -128,9 +128,10 @@ class RelationalDistance(Relational):
 
 @dataclass(eq=False, kw_only=True)
 class RelationalAngle(Relational):
-    """Cosines of the angles that three rows of a batch make; time and memory grow as n³ (64 rows: 2 MB an array).
+    """Cosines of the angles that three rows of a batch make; time and memory grow as n³: 128 rows, 8 MB an array.
 
-    The angle at j between i and k is taken from the three distances, by the law of cosines.
+    The angle at j between i and k is taken from the three distances, by the law of cosines. Between a row and itself
+    the cosine is 1, and 0 where j is one of the two.
     """
 
     formula = "1/n³·Σ_ijk huber(cos∠ijk(s) - cos∠ijk(t)),  cos∠ijk = (d_ij² + d_jk² - d_ik²) / (2·d_ij·d_jk)"
