@@ -101,7 +101,7 @@ static int64_t teacher_confidence(const minikd_call *call)
     job.inverse_t = inverse_temperature(temperature);
     job.s = softened(job.inverse_t);
     job.most = c > 1 ? logarithm((double)c) : 1;
-    minikd_parallel(confidence_part, &job, n, rows_of_range(n, c, 10, 0.6));
+    minikd_parallel(confidence_part, &job, n, rows_of_range(n, c, 10, 0.5));
     return MINIKD_DONE;
 }
 

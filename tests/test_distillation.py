@@ -14,19 +14,11 @@ import minikd as kd
 from minikd import functional as F
 from minikd import metrics
 from minikd.data import load
-from minikd.distillation import (
-    ALONE,
-    DISTILLED,
-    T_95,
-    Experiment,
-    Settings,
-    compare,
-    endless_batches,
-    fit,
-    full_sizes,
-    t_quantile,
-)
+from minikd.distillation import ALONE, DISTILLED, Experiment
 from minikd.errors import ArgumentError, DataError, DTypeError, ShapeError
+from minikd.settings import Settings, full_sizes
+from minikd.training import endless_batches, fit
+from minikd.verdict import T_95, compare, t_quantile
 
 QUICK = {"teacher_epochs": 2, "epochs": 2, "seeds": (0, 1), "teacher": (24,), "student": (8,)}
 

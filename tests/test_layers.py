@@ -37,6 +37,8 @@ LAYERS = {
     "data": 6,
     "model_file": 6,
     "objectives": 6,
+    "augmentation": 6,
+    "peers": 6,
     "teachers": 6,
     "store": 6,
     "terms": 7,
