@@ -733,6 +733,16 @@ def test_a_value_out_of_its_range_is_refused_in_words(text: str, words: str) -> 
         parse(text)
 
 
+@each_case
+def test_a_batch_without_what_a_term_needs_is_refused_in_words(case: Case) -> None:
+    term, batch = case.term(), data().batch()
+    lacking = {"labels": {"target": None}, "teacher": {"teacher_logits": None, "teacher_features": {}}}
+    for need in term.needs:
+        for objective in (term, HardLabels() + SoftLabels() + term):
+            with pytest.raises(ArgumentError, match="the batch's target|the batch's teacher_logits|teacher_features"):
+                objective(dataclasses.replace(batch, **lacking[need]))
+
+
 def test_two_classes_are_too_few_to_be_decoupled() -> None:
     d = data(c=2)
     with pytest.raises(ArgumentError, match=r"3 classes or more, got 2 classes\. .*use that"):

@@ -61,11 +61,12 @@ def _layer(argument: str, features: Mapping[str, Any], name: str) -> Tensor:
         got = "the layers " + ", ".join(map(repr, features)) if features else "no layers"
         fix = "Layers are named as in Module.named_modules; ask for them with model(x, features=[...])."
         raise ArgumentError("Batch", argument, expected=f"with the output of layer {name!r}", got=got, fix=fix)
-    found = features[name]
-    if np.ndim(found) != 2 if not isinstance(found, Tensor) else found.ndim != 2:
+    value = features[name]
+    found = value if isinstance(value, Tensor) else Tensor.of(as_real("Batch", argument, value))
+    if found.ndim != 2:
         expected = f"of shape (n, k) at layer {name!r}"
         raise ShapeError("Batch", argument, expected=expected, got=f"shape {found.shape}")
-    return found if isinstance(found, Tensor) else Tensor.of(as_real("Batch", argument, found))
+    return found
 
 
 class Varying(NamedTuple):
@@ -179,6 +180,8 @@ class Sum(Objective):
                 part = term(batch)
             else:
                 left.remove(partner)
+                for each in (term, partner):
+                    each.refuse_missing(batch)
                 part = term.fused(partner, batch)
             total = part if total is None else total + part
         return total
@@ -238,8 +241,18 @@ class Term(Objective):
         raise NotImplementedError
 
     def __call__(self, batch: Batch) -> Any:
+        self.refuse_missing(batch)
         value = self.value(batch)
         return value if isinstance(self.weight, float | int) and self.weight == 1 else value * self.weight
+
+    def refuse_missing(self, batch: Batch) -> None:
+        """ArgumentError if the batch has not what this term needs."""
+        if "labels" in self.needs and batch.target is None:
+            fix = "Use a term without labels, or mark rows without one with -100."
+            raise ArgumentError(self.name, "the batch's target", expected="class ids (n,)", got="None", fix=fix)
+        if "teacher" in self.needs and batch.teacher_logits is None and not self.teacher_layers:
+            fix = "Give a teacher, or use a term without one."
+            raise ArgumentError(self.name, "the batch's teacher_logits", expected="scores (n, c)", got="None", fix=fix)
 
     def coefficient(self) -> float:
         """What stands in front of the divergence: the weight, times T² where the value holds that factor."""
