@@ -251,9 +251,9 @@ def distill(options: argparse.Namespace) -> int:
         interrupted = True
     result = experiment.result()
     folder.write_results(result)
+    missing = draw(folder, result)
     if result.complete:
         experiment.forget_checkpoints()
-    missing = draw(folder, result)
     if interrupted:
         print(f"\n{what_was_lost(result, watcher, folder)}", file=sys.stderr, flush=True)
     conclude(result, folder, missing, options.quiet, time.monotonic() - began)

@@ -295,8 +295,9 @@ class Training:
                 self._keep()
         if not np.isfinite(self._opt.arena.values).all():
             raise self._diverged(before, first)
-        self._finish_epoch(picked)
+        finished = self._finish_epoch(picked)
         self._keep()
+        self._tell(finished)
 
     def _next_checkpoint(self) -> int:
         every = 0 if self._keeper is None else self._keeper.every
@@ -338,7 +339,8 @@ class Training:
         loss = float(self._losses[: within + 1].mean())
         return Epoch(epoch + 1, self.epochs, self.step, self.steps, loss, self._opt.lr, False)
 
-    def _finish_epoch(self, picked: np.ndarray) -> None:
+    def _finish_epoch(self, picked: np.ndarray) -> Epoch:
+        """Measure, note and judge an epoch that is through."""
         where = self._where()._replace(finished=True, validation=self._validated(), terms=self._terms(picked))
         facts = {"epoch": where.epoch, "lr": where.lr, "loss": where.loss}
         facts |= {f"validation_{name}": value for name, value in (where.validation or {}).items()}
@@ -346,7 +348,7 @@ class Training:
         self.history.append({**facts, "terms": terms})
         if self.patience and where.validation is not None:
             self._judge(where.epoch, where.validation)
-        self._tell(where)
+        return where
 
     def _validated(self) -> dict[str, float] | None:
         if self.validation is None:
