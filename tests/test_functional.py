@@ -650,6 +650,11 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "cross_entropy of probabilities": lambda x: F.cross_entropy(x, hot(LABELS, 3)),
     "kl_div": lambda x: F.kl_div(x, np.exp(STUDENT)),
     "distillation_loss": lambda x: F.distillation_loss(x, TEACHER, LABELS),
+    "reverse_kl": lambda x: F.reverse_kl(x, TEACHER),
+    "jensen_shannon": lambda x: F.jensen_shannon(x, TEACHER),
+    "skewed_kl": lambda x: F.skewed_kl(x, TEACHER),
+    "decoupled_kd": lambda x: F.decoupled_kd(x, TEACHER, LABELS),
+    "standardised_kl": lambda x: F.standardised_kl(x, TEACHER),
     "linear_distillation_loss": lambda x: F.linear_distillation_loss(x, np.ones((3, 3)), None, TEACHER, LABELS),
     "distillation_loss of probabilities": lambda x: F.distillation_loss(x, TEACHER, hot(LABELS, 3)),
 }
