@@ -191,7 +191,7 @@ INLINE real term_beside(const beside *b, real log_ratio)
 /* What the terms of LANES rows, or of one wide row in LANES parts, are computed with; the numbers of the mixture in real. */
 typedef struct {
     near_rows near;
-    real log_p[LANES], log_q[LANES]; /* log Σ of the weights */
+    real log_p[LANES], log_q[LANES], log_of_sums[LANES]; /* log Σ p and log Σ q of the weights, and log(Σ q / Σ p) */
     real teacher, student, of_q, of_p, against; /* against = teacher·of_p - student·of_q */
 } ALIGNED mixed_rows;
 
@@ -206,11 +206,23 @@ static void mixed_rows_of(mixed_rows *rows, const row_sums *sums, const divergen
         results.log_of_sums[l] = logarithm(fused_double(sums->q[l] - sums->p[l], per_p, 1.0)); /* 0 if they agree */
     }
     near_rows_of(&rows->near, sums, &results, &job->d, LANES);
+    for (int l = 0; l < LANES; l++)
+        rows->log_of_sums[l] = (real)results.log_of_sums[l];
     rows->teacher = (real)job->teacher;
     rows->student = (real)job->student;
     rows->of_q = (real)job->of_q;
     rows->of_p = (real)job->of_p;
     rows->against = (real)(job->teacher * job->of_p - job->student * job->of_q);
+}
+
+/* log p - log q. At temperatures next to 0 the parts of log_ratio are beyond what real can hold; there it is taken from the
+ * scores below the largest. It is infinite only where a class is ruled out. */
+INLINE real log_ratio_of(const mixed_rows *rows, int l, real z_s, real z_t, real below_s, real below_t)
+{
+    const real exact = log_ratio(&rows->near, l, z_s, z_t), shift = rows->near.shift[l];
+    const real plain = fused(below_s - below_t, rows->near.inverse, rows->log_of_sums[l]);
+    const real delta = shift - shift == 0 ? exact : plain;
+    return delta > REAL_MAX && z_t >= -REAL_MAX ? REAL_MAX / 2 : delta;
 }
 
 /* kl += the terms of the divergence, slope += Σ p·r. The weights p become probabilities, q becomes r, which is ∂/∂p up to
@@ -229,7 +241,7 @@ INLINE void add_mixed_steps(double *kl, double *slope, real *p, real *q, const m
         for (int l = 0; l < LANES; l++) {
             const real zs = z_s[l], zt = z_t[l], below_s = zs - sums->top_s[l], below_t = zt - sums->top_t[l];
             const real pl = p[j + l] * fixed.near.per_p[l], ql = q[j + l] * fixed.near.per_q[l];
-            const real delta = log_ratio(&fixed.near, l, zs, zt);
+            const real delta = log_ratio_of(&fixed, l, zs, zt, below_s, below_t);
             const int close = REAL(fabs)(delta) < NEAR;
             real term, r;
             if (parts == UNMIXED) {
@@ -290,10 +302,10 @@ static void centre_steps(real *dz, const real *p, const real *r, const real *mea
     }
 }
 
-/* Σ p·r, or NaN of a row whose loss is infinite: it has no gradient. */
+/* Σ p·r, or NaN of a row whose loss is infinite or NaN: it has no gradient. */
 static real mean_slope(double kl, double slope)
 {
-    return kl > DBL_MAX ? (real)NAN : (real)slope;
+    return kl <= DBL_MAX ? (real)slope : (real)NAN;
 }
 
 static void mixed_tile(const divergence_job *job, double *loss, real *dz, const real *z_s, const real *z_t,

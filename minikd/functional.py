@@ -837,13 +837,16 @@ def decoupled_kd(
 
     Raises
     ------
-    ArgumentError : a class id outside 0 … c - 1; a weight that is not finite; an unknown reduction; T ≤ 0, NaN or
-        infinite.
+    ArgumentError : no target, or a class id outside 0 … c - 1; a weight that is not finite; an unknown reduction;
+        T ≤ 0, NaN or infinite.
     ShapeError : shapes do not fit, n is 0, or c is below 3: among one other class there is nothing to compare.
 
     Source: Zhao et al. 2022, "Decoupled knowledge distillation", eq. 7.
     """
     where = "decoupled_kd"
+    if target is None:
+        fix = "Nothing can be decoupled without a target: take distillation_loss."
+        raise ArgumentError(where, "target", expected="class ids of shape (n,)", got="None", fix=fix)
     weights = (_finite(where, "alpha", alpha), _finite(where, "beta", beta))
     rest = (target, _temperature(where, temperature), *weights)
     attrs = {"reduction": reduction, "scale_t2": bool(scale_t2), "ignore_index": int(ignore_index)}
