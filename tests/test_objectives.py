@@ -739,7 +739,7 @@ def test_a_batch_without_what_a_term_needs_is_refused_in_words(case: Case) -> No
     lacking = {"labels": {"target": None}, "teacher": {"teacher_logits": None, "teacher_features": {}}}
     for need in term.needs:
         for objective in (term, HardLabels() + SoftLabels() + term):
-            with pytest.raises(ArgumentError, match="the batch's target|the batch's teacher_logits|teacher_features"):
+            with pytest.raises(ArgumentError, match=r"the batch's target|the batch's teacher_logits|teacher_features"):
                 objective(dataclasses.replace(batch, **lacking[need]))
 
 
