@@ -8,6 +8,8 @@
 #include "bias.inc.c"
 #include "dropout.inc.c"
 #include "losses.inc.c"
+/* and what stands on it */
+#include "divergences.inc.c"
 #include "pictures.inc.c"
 #include "predictions.inc.c"
 #include "products.inc.c"
@@ -29,6 +31,16 @@ const minikd_entry MINIKD_TABLE[] = {
     {"kl_div_vjp", kl_div_vjp},
     {"distillation_loss", distillation_loss},
     {"distillation_loss_vjp", row_loss_vjp},
+    {"reverse_kl", reverse_kl},
+    {"reverse_kl_vjp", row_loss_vjp},
+    {"jensen_shannon", jensen_shannon},
+    {"jensen_shannon_vjp", row_loss_vjp},
+    {"skewed_kl", skewed_kl},
+    {"skewed_kl_vjp", row_loss_vjp},
+    {"decoupled_kd", decoupled_kd},
+    {"decoupled_kd_vjp", row_loss_vjp},
+    {"standardised_kl", standardised_kl},
+    {"standardised_kl_vjp", row_loss_vjp},
     {"bias", bias},
     {"bias_vjp", bias_vjp},
     {"bias_relu", bias_relu},

@@ -44,6 +44,8 @@ typedef struct minikd_attributes {
     _Bool log_target;
     _Bool nesterov;
     _Bool decoupled;
+    _Bool continuous;
+    _Bool reverse;
 } minikd_attributes;
 
 typedef struct minikd_call minikd_call;

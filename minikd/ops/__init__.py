@@ -5,6 +5,7 @@ differentiated, tested on every backend and documented, because all of these wal
 """
 
 from minikd.ops import (
+    divergences,
     elementwise,
     linear,
     linear_losses,
@@ -23,6 +24,6 @@ from minikd.ops.op import OPS, Argument, Op, Shape
 __all__ = ["OPS", "Argument", "Op", "Shape"]
 
 _SUBJECTS = (
-    *(elementwise, shapes, reductions, linear, rows, losses, linear_losses, predictions, teacher),
+    *(elementwise, shapes, reductions, linear, rows, losses, divergences, linear_losses, predictions, teacher),
     *(random, pictures, updates),
 )
