@@ -188,7 +188,7 @@ INLINE real term_beside(const beside *b, real log_ratio)
     return b->r == 0 ? b->gap : REAL(fabs)(b->s) < CLOSE ? near : far;
 }
 
-/* What the terms of LANES rows, or of one wide row in LANES parts, are computed with; the numbers of the mixture in real. */
+/* What the terms of LANES rows, or of one wide row in LANES parts, are computed with, and the mixture. */
 typedef struct {
     near_rows near;
     real log_p[LANES], log_q[LANES], log_of_sums[LANES]; /* log Σ p and log Σ q of the weights, and log(Σ q / Σ p) */
@@ -210,13 +210,13 @@ static void mixed_rows_of(mixed_rows *rows, const row_sums *sums, const divergen
         rows->log_of_sums[l] = (real)results.log_of_sums[l];
     rows->teacher = (real)job->teacher;
     rows->student = (real)job->student;
-    rows->of_q = (real)job->of_q;
-    rows->of_p = (real)job->of_p;
+    rows->of_q = larger((real)job->of_q, REAL_TINY); /* so that m is 0 only where q and p are */
+    rows->of_p = larger((real)job->of_p, REAL_TINY);
     rows->against = (real)(job->teacher * job->of_p - job->student * job->of_q);
 }
 
-/* log p - log q. At temperatures next to 0 the parts of log_ratio are beyond what real can hold; there it is taken from the
- * scores below the largest. It is infinite only where a class is ruled out. */
+/* log p - log q. At temperatures next to 0 the parts of log_ratio are beyond what real can hold; there it is taken from
+ * the scores below the largest. It is infinite only where a class is ruled out. */
 INLINE real log_ratio_of(const mixed_rows *rows, int l, real z_s, real z_t, real below_s, real below_t)
 {
     const real exact = log_ratio(&rows->near, l, z_s, z_t), shift = rows->near.shift[l];
@@ -253,7 +253,8 @@ INLINE void add_mixed_steps(double *kl, double *slope, real *p, real *q, const m
             } else {
                 const real grown = fused(delta * delta, second_order(delta), delta); /* e^δ - 1 */
                 const real apart = close ? ql * grown : pl - ql;
-                const real m = fused(fixed.of_q, ql, fixed.of_p * pl), to_q = fixed.of_p * apart, to_p = -fixed.of_q * apart;
+                const real m = fused(fixed.of_q, ql, fixed.of_p * pl);
+                const real to_q = fixed.of_p * apart, to_p = -fixed.of_q * apart;
                 const real log_q = fused(below_t, inverse, -fixed.log_q[l]);
                 const real log_p = fused(below_s, inverse, -fixed.log_p[l]);
                 const beside q_m = {ql, to_q, to_q / (m + ql + REAL_TINY), log_q};
@@ -412,7 +413,9 @@ static int64_t jensen_shannon(const minikd_call *call)
     const double beta = *(const double *)call->buffer[5];
     if (!call->attribute.continuous)
         return mixture(call, beta, 1 - beta, beta, 1 - beta);
-    return mixture(call, beta < 1 ? 1 / (1 - beta) : 0, beta > 0 ? 1 / beta : 0, beta, 1 - beta);
+    if (beta < REAL_TINY) /* 1/β is more than real can hold, and the limit as near as it can tell */
+        return mixture(call, 1, 0, 0, 1);
+    return mixture(call, beta < 1 ? 1 / (1 - beta) : 0, 1 / beta, beta, 1 - beta);
 }
 
 /* loss = T²·KL(q ‖ m), m = α·q + (1-α)·p;  dz_s = T·p·(r - Σ p·r), r = -(1-α)·q/m;

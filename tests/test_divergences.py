@@ -299,6 +299,24 @@ def test_no_temperature_makes_nan(name: str, dtype: Any, t: float) -> None:
         assert np.isfinite(gradient).all()
 
 
+@on_each_backend
+@each_float
+@pytest.mark.parametrize("share", [1e-300, 1e-40, 1e-30, 1e-12])
+def test_the_smallest_share_is_nearly_none(dtype: Any, share: float) -> None:
+    student, teacher = random_logits(15, 4, 6).astype(dtype), random_logits(16, 4, 6).astype(dtype)
+    settings: dict[str, Any] = {"reduction": "none", "return_grad": True}
+    forward, reverse = plain_ends(student, teacher, 1.0)
+    cases = (
+        (F.jensen_shannon(student, teacher, beta=share, form="continuous", **settings), forward),
+        (F.skewed_kl(student, teacher, alpha=share, **settings), forward),
+        (F.skewed_kl(student, teacher, alpha=share, reverse=True, **settings), reverse),
+        (F.jensen_shannon(student, teacher, beta=share, **settings), (np.zeros(4), np.zeros((4, 6)))),
+    )
+    for found, wanted in cases:
+        for actual, value in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(actual, value, rtol=1e-5, atol=1e-5)
+
+
 # --- classes that are ruled out, and rows without an answer ---
 
 

@@ -84,6 +84,18 @@ for real in ("float32", "float64"):
         else:
             raise AssertionError("a row number out of range was taken")
         step(np.arange(32), np.array(2.0))
+    for n, c in ((1, 3), (33, 10), (5, 100), (3, 101), (2, 1003), (2, 5003)):
+        _, labels, student = data(n, 1, c, real)
+        teacher, labels[0] = data(n, 1, c, real)[2], -100
+        for found in (
+            F.reverse_kl(student, teacher, return_grad=True),
+            F.jensen_shannon(student, teacher, return_grad=True),
+            F.skewed_kl(student, teacher, return_grad=True),
+            F.skewed_kl(student, teacher, alpha=0, return_grad=True),
+            F.decoupled_kd(student, teacher, labels, return_grad=True),
+            F.standardised_kl(student, teacher, return_grad=True),
+        ):
+            assert all(np.isfinite(x).all() for x in found)
 print("clean")
 """
 
