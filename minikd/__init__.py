@@ -32,6 +32,7 @@ _PUBLIC = {
     "nn": "minikd.nn",
     "ops": "minikd.ops",
     "optim": "minikd.optim",
+    "store": "minikd.store",
     "teachers": "minikd.teachers",
 }
 
