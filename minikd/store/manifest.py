@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ class Spec:
         start = number * self.rows_per_shard
         return range(start, min(start + self.rows_per_shard, self.rows))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Which spec a shard belongs to, in its footer."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
@@ -105,11 +106,10 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def write_shard(folder: Path, spec: Spec, number: int, records: np.ndarray, errors: np.ndarray) -> Shard:
     """Write a shard, whole or not at all.  records : (n,).  errors : (2, n), see `Encoding.error`."""
-    data = records.tobytes()
-    sums = tuple((math.fsum(e.tolist()), float(e.max())) for e in errors)
-    shard = Shard(hashlib.sha256(data).hexdigest(), sums)
+    sums = tuple((float(e.sum()), float(e.max())) for e in errors)
+    shard = Shard(_sha256(records), sums)
     footer = json.dumps({"spec": spec.digest, "shard": number, **shard._asdict()}).encode()
-    write_whole(shard_path(folder, number), data + footer.ljust(FOOTER - 1) + b"\n")
+    write_whole(shard_path(folder, number), b"".join((_bytes(records), footer.ljust(FOOTER - 1), b"\n")))
     return shard
 
 
@@ -128,7 +128,15 @@ def finished_shard(folder: Path, spec: Spec, number: int) -> Shard | None:
 
 def is_intact(records: np.ndarray, shard: Shard) -> bool:
     """Whether records, contiguous, have the bytes that the shard's digest says."""
-    return hashlib.sha256(records.view(np.uint8).data).hexdigest() == shard.sha256
+    return _sha256(records) == shard.sha256
+
+
+def _sha256(records: np.ndarray) -> str:
+    return hashlib.sha256(_bytes(records)).hexdigest()
+
+
+def _bytes(records: np.ndarray) -> memoryview:
+    return records.view(np.uint8).data
 
 
 def _shard(entry: Any) -> Shard:
