@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import minikd
-from minikd import bench
+from minikd import bench, labelling
 from minikd.data.sources import NAMED
 from minikd.distillation import DistillResult, Experiment, Settings, full_sizes, parameters_of
 from minikd.errors import MinikdError
@@ -315,6 +315,12 @@ examples:
   minikd distill --config runs/mine/config.toml --out runs/again""",
         distill_options,
         distill,
+    ),
+    "label": Command(
+        "keep a teacher's logits of every row of a data set, for many distillations",
+        labelling.EXAMPLE,
+        labelling.add_arguments,
+        labelling.run,
     ),
     "bench": Command(
         "time the kernels beside PyTorch, JAX, SciPy and NumPy",
