@@ -42,6 +42,7 @@ WHERE = "store.write"
 MOST_ROWS, FEWEST_ROWS = 1 << 14, 1 << 8  # rows of a shard, if nobody says how many
 SHARD_BYTES = 1 << 26  # features, or records, of a shard
 PIECE_BYTES = 1 << 25  # features, or logits, for which a teacher is asked at a time
+SHARDS = "shard-*.logits"
 PENDING = 2  # pieces that wait to be encoded while the teacher answers the next
 
 
@@ -212,13 +213,20 @@ def _is_part(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == ".part"
 
 
+def _has_shards(folder: Path) -> bool:
+    """Whether there is anything to lose: a shard, or a manifest that says there were some."""
+    if not (folder / MANIFEST).exists():
+        return False
+    return any(folder.glob(SHARDS)) or read_manifest(folder).shards is not None
+
+
 def _begin(folder: Path, spec: Spec, overwrite: bool) -> dict[int, Shard]:
     """Leave a manifest of this spec in the folder, and return the shards that are finished already."""
     for part in filter(_is_part, list(folder.iterdir())):
         part.unlink(missing_ok=True)
-    if overwrite or not (folder / MANIFEST).exists():
+    if overwrite or not _has_shards(folder):
         write_manifest(folder, spec)  # first, so that no shard of before can pass for one of its own
-        for shard in folder.glob("shard-*.logits"):
+        for shard in folder.glob(SHARDS):
             shard.unlink(missing_ok=True)
         return {}
     manifest = read_manifest(folder)
