@@ -250,8 +250,9 @@ def read_manifest(folder: Path) -> Manifest:
         got = f"{content.get('format')!r} version {content.get('format_version')!r}"
         raise damaged(path, "format", f"{FORMAT!r} version {VERSION}", got, "Read it with the minikd that wrote it.")
     for name, (fits, expected) in CHECKS.items():
-        if not fits(content.get(name)):
-            raise damaged(path, name, expected, repr(content.get(name)), AGAIN)
+        if name not in content or not fits(content[name]):
+            got = repr(content[name]) if name in content else "nothing"
+            raise damaged(path, name, expected, got, AGAIN)
     names = content["class_names"]
     values = {name: content[name] for name in CHECKS}
     spec = Spec(**{**values, "class_names": None if names is None else tuple(names)})

@@ -96,7 +96,7 @@ class Store:
         numbers, within = np.divmod(rows, self.spec.rows_per_shard)
         order = np.argsort(numbers, kind="stable")
         needed, starts = np.unique(numbers[order], return_index=True)
-        for number, places in zip(needed.tolist(), np.split(order, starts[1:]), strict=True):
+        for number, places in zip(needed.tolist(), np.split(order, starts)[1:], strict=True):
             found[places] = self._encoding.decode(self._records(number)[within[places]])
         return found
 
