@@ -1,4 +1,4 @@
-"""Labelling against the teacher alone: the time that a store adds, and the memory that it takes.
+"""Labelling beside the teacher alone: the time that a store adds, and the memory that it takes.
 
 python bench/label.py                          1,000,000 rows of 64 features, teacher 64-256-256-10
 python bench/label.py --dtype float16          with the rounding's KL measured on every row
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -29,14 +28,10 @@ from minikd.store.writing import MOST_ROWS
 FEATURES, SIZES = 64, (64, 256, 256, 10)
 
 
-def peak_megabytes() -> float:
-    """The most memory of its own that this process has had, in units of 10^6 bytes; mapped files do not count."""
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    sizes = {name: value for name, _, value in (line.partition(":") for line in text.splitlines())}
-    return float(sizes["RssAnon"].split()[0]) * 1024 / 1e6
+def megabytes() -> float:
+    """Memory of its own that this process has now, in units of 10^6 bytes; mapped files do not count (Linux)."""
+    lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return float(next(value for name, _, value in lines if name == "RssAnon").split()[0]) * 1024 / 1e6
 
 
 def rows_in_a_file(path: Path, rows: int) -> Any:
@@ -69,29 +64,32 @@ def main() -> int:
             for k in range(0, len(x), MOST_ROWS):
                 teacher.logits(np.asarray(x[k : k + MOST_ROWS]))
 
-        def labelling(turn: int) -> None:
+        def labelling(turn: int, on_progress: Any = None) -> None:
             settings = {"dtype": options.dtype, "top_k": options.top_k, "data_sha256": sha256}
-            kd.store.write(Path(folder, f"store-{turn}"), teacher, x, **settings)
+            kd.store.write(Path(folder, f"store-{turn}"), teacher, x, on_progress=on_progress, **settings)
 
-        times: dict[str, list[float]] = {"teacher alone": [], "labelling": []}
-        forms = {"teacher alone": alone, "labelling": labelling}
+        forms: dict[str, Any] = {"teacher alone": alone, "labelling": labelling}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
         alone(-1)
-        before = peak_megabytes()
+        before, held = megabytes(), []
         for turn in range(options.rounds):
             for name in sorted(forms, reverse=turn % 2 == 0):
-                start = time.perf_counter()
+                start, work = time.perf_counter(), time.process_time()
                 forms[name](turn)
-                times[name].append(time.perf_counter() - start)
-        peak = peak_megabytes()
+                times[name].append((time.perf_counter() - start, time.process_time() - work))
+        labelling(options.rounds, lambda progress: held.append(megabytes()))
         store = kd.store.open(Path(folder, "store-0"))
         print(f"{len(store):,} rows of {FEATURES} features, teacher {'-'.join(map(str, SIZES))}, {kd.threads()}")
         print(f"{store!r}: {store.bytes / 1e6:.1f} MB, KL {store.kl_error}")
     for name, taken in times.items():
-        seconds = statistics.median(taken)
-        print(f"{name:14} {seconds:6.3f} s (min {min(taken):.3f}), {options.rows / seconds:,.0f} rows/s")
-    ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
-    print(f"labelling / teacher alone: {ratio:.3f} (median of the pairs); digest of the rows: {digest:.3f} s")
-    print(f"memory of its own: {before:.0f} MB before, {peak:.0f} MB after all rounds")
+        seconds, work = (statistics.median(column) for column in zip(*taken, strict=True))
+        rate = f"{options.rows / seconds:,.0f} rows/s"
+        print(f"{name:14} {seconds:6.3f} s (min {min(taken)[0]:.3f}, work {work:.3f}), {rate}")
+    ratio, work = (statistics.median(b[k] / a[k] for a, b in zip(*times.values(), strict=True)) for k in range(2))
+    print(
+        f"labelling / teacher alone: {ratio:.3f} of the time, {work:.3f} of the processors' work (medians of the pairs)"
+    )
+    print(f"digest of the rows: {digest:.3f} s; memory of its own: {before:.0f} MB before, at most {max(held):.0f} MB")
     return 0
 
 

@@ -58,13 +58,13 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Any], meta
     write_whole(Path(path), struct.pack("<Q", len(text)) + text + b"".join(pieces))
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, *pieces: bytes | memoryview) -> None:
     """Write a file under a temporary name beside it and rename it, so that nobody ever sees half of it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         try:
             with temporary.open("xb") as file:
-                file.write(data)
+                file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -34,12 +34,11 @@ class Encoding:
         rows: list[Any] = [("logits", self._real, (top_k or classes,))]
         self.record = np.dtype([("tail", "<f4"), *rows, ("classes", ids, (top_k,))] if top_k else rows)
 
-    def encode(self, logits: np.ndarray, first: int = 0) -> np.ndarray:
-        """Logits (n, c), float32 or float64, as n records; `first` is the first row's sample number, for errors.
+    def encode(self, logits: np.ndarray, records: np.ndarray, first: int = 0) -> None:
+        """Write logits (n, c), float32 or float64, into n records; `first` is the first sample's number, for errors.
 
         Errors: ArgumentError where a finite logit is beyond the range of the stored dtype.
         """
-        records = np.empty(len(logits), self.record)
         if self.top_k:
             kept = np.argpartition(logits, self.classes - self.top_k, axis=1)[:, -self.top_k :]
             kept.sort(axis=1)  # so that classes that tie stand in the order of their ids
@@ -51,7 +50,6 @@ class Encoding:
             records["logits"] = logits
         if self._real.itemsize < logits.dtype.itemsize:
             self._refuse_overflow(logits, records["logits"], first)
-        return records
 
     def _refuse_overflow(self, logits: np.ndarray, stored: np.ndarray, first: int) -> None:
         lost = np.isinf(stored) & np.isfinite(logits)
@@ -77,8 +75,6 @@ class Encoding:
 
     def error(self, logits: np.ndarray, records: np.ndarray) -> np.ndarray:
         """KL(teacher ‖ stored) of each row at each of TEMPERATURES: float64 (2, n), computed in float64."""
-        if self.exact:
-            return np.zeros((len(TEMPERATURES), len(logits)))
         wide, stored = logits.astype(np.float64), self.decode(records).astype(np.float64)
         return np.stack([_divergence(wide, stored, t) for t in TEMPERATURES])
 

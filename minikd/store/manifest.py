@@ -105,11 +105,14 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(folder: Path, spec: Spec, number: int, records: np.ndarray, errors: np.ndarray) -> Shard:
-    """Write a shard, whole or not at all.  records : (n,).  errors : (2, n), see `Encoding.error`."""
-    sums = tuple((float(e.sum()), float(e.max())) for e in errors)
+    """Write a shard, whole or not at all.
+
+    records : (n,), C-contiguous.  errors : (2, m), see `Encoding.error`; m is 0 where nothing is lost.
+    """
+    sums = tuple((float(e.sum()), float(e.max(initial=0))) for e in errors)
     shard = Shard(_sha256(records), sums)
     footer = json.dumps({"spec": spec.digest, "shard": number, **shard._asdict()}).encode()
-    write_whole(shard_path(folder, number), b"".join((_bytes(records), footer.ljust(FOOTER - 1), b"\n")))
+    write_whole(shard_path(folder, number), _bytes(records), footer.ljust(FOOTER - 1), b"\n")
     return shard
 
 

@@ -268,12 +268,12 @@ class _Records:
         size = len(spec.samples(number))
         self._encoding = spec.encoding
         self._records = np.empty(size, self._encoding.record)
-        self._errors = np.zeros((len(TEMPERATURES), size))
+        self._errors = np.zeros((len(TEMPERATURES), 0 if self._encoding.exact else size))
 
     def add(self, samples: range, logits: np.ndarray) -> None:
         start = samples.start - self._spec.samples(self._number).start
         here = slice(start, start + len(samples))
-        self._records[here] = self._encoding.encode(logits, samples.start)
+        self._encoding.encode(logits, self._records[here], samples.start)
         if not self._encoding.exact:
             self._errors[:, here] = self._encoding.error(logits, self._records[here])
 
