@@ -8,10 +8,12 @@
 #include "bias.inc.c"
 #include "dropout.inc.c"
 #include "losses.inc.c"
+#include "pictures.inc.c"
 #include "predictions.inc.c"
 #include "products.inc.c"
 #include "shapes.inc.c"
 #include "softmax.inc.c"
+#include "teacher.inc.c"
 #include "updates.inc.c"
 
 const minikd_entry MINIKD_TABLE[] = {
@@ -51,8 +53,10 @@ const minikd_entry MINIKD_TABLE[] = {
     {"linear_gelu_vjp", linear_gelu_vjp},
     {"sgd_step", sgd_step},
     {"adam_step", adam_step},
+    {"clip_norm", clip_norm},
     {"dropout", dropout},
     {"dropout_vjp", dropout_vjp},
+    {"shift_images", shift_images},
     {"take", take},
     {"take_vjp", take_vjp},
     {"take_scaled", take_scaled},
@@ -66,5 +70,7 @@ const minikd_entry MINIKD_TABLE[] = {
     {"set_scalar", set_scalar},
     {"argmax", argmax},
     {"correct_count", correct_count},
+    {"teacher_confidence", teacher_confidence},
+    {"corrected_logits", corrected_logits},
     {NULL, NULL},
 };

@@ -30,8 +30,10 @@ _PUBLIC = {
     "functional": "minikd.functional",
     "metrics": "minikd.metrics",
     "nn": "minikd.nn",
+    "objectives": "minikd.objectives",
     "ops": "minikd.ops",
     "optim": "minikd.optim",
+    "schedules": "minikd.schedules",
     "store": "minikd.store",
     "teachers": "minikd.teachers",
 }

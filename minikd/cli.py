@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -22,13 +23,15 @@ from typing import Any, NamedTuple, NoReturn
 import minikd
 from minikd import bench, labelling
 from minikd.data.sources import NAMED
-from minikd.distillation import DistillResult, Experiment, Settings, full_sizes, parameters_of
-from minikd.errors import MinikdError
+from minikd.distillation import DistillResult, Experiment
+from minikd.errors import ArgumentError, MinikdError
 from minikd.kernels import current_backend
 from minikd.report import RunFolder, Table, Watcher, environment_table, from_toml, results_table, show, verdicts, watch
-from minikd.report.config import LAYERS, OUT, setting_types
+from minikd.report.config import LAYERS, OUT, TEACHER, setting_types
+from minikd.report.folder import CHECKPOINTS, CONFIG
 from minikd.report.progress import training_in_words
 from minikd.report.table import show_sentence
+from minikd.settings import Settings, sizes_from_text
 
 OK, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141  # exit codes; the last two are 128 + the signal, as in a shell
 
@@ -36,15 +39,23 @@ OK, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141  # exit codes; the last tw
 # --- settings as texts on the command line ---
 
 MOST_SEEDS = 1000
+SCHEDULED = ("temperature_schedule", "hard_schedule", "soft_schedule")
 
 
 def read_layers(text: str) -> tuple[int, ...]:
     """Layer sizes from "256-256" or "256,256"; "none" is no hidden layer."""
-    if text.strip().lower() == "none":
-        return ()
-    if not re.fullmatch(r"\s*\d+(\s*[-,x]\s*\d+)*\s*", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"must be layer sizes such as 256-256, or none; got {text!r}")
-    return tuple(int(size) for size in re.findall(r"\d+", text))
+    try:
+        return sizes_from_text(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def read_teacher(text: str) -> tuple[int, ...] | str:
+    """Layer sizes where the text is such, else the name of a teacher."""
+    try:
+        return sizes_from_text(text)
+    except ValueError:
+        return text
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
@@ -105,12 +116,15 @@ TEXTS: dict[Any, Text] = {
     float: Text("X", _read_number(float, "a number"), lambda value: f"{value:g}"),
     bool: Text("true|false", _read_flag, lambda value: str(value).lower()),
     LAYERS: Text("SIZES", read_layers, layers_in_words),
+    TEACHER: Text("TEACHER", read_teacher, lambda value: value if isinstance(value, str) else layers_in_words(value)),
 }
 # Settings whose text is not that of their type, and what their help says beyond the setting's own.
 SPECIAL = {"seeds": Text("SEEDS", read_seeds, seeds_in_words)}
 MORE_HELP = {
-    "teacher": "256-256 or 256,256, none for no hidden layer, or all layers with features and classes: 64-256-256-10",
-    "student": "written as the teacher's",
+    "teacher": "layers as 256-256 or 256,256, none for no hidden layer, or all of them with features and classes: "
+    "64-256-256-10; a file: .onnx, .safetensors, .npz, .npy or .csv, the folder of a store, with --allow-pickle also "
+    ".joblib and .pkl; rf, gbt and mlp are trained by scikit-learn",
+    "student": "layers written as the teacher's",
     "seeds": "a list of seeds and ranges: 0-4, or 0,1,7; a single number is that one seed",
 }
 
@@ -129,6 +143,9 @@ def distill_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--config", metavar="FILE.toml", help="settings from a file, named as the options are, with _")
     output.add_argument("--out", metavar="FOLDER", default="", help="for the results (default: runs/DATA-DATE-TIME)")
     output.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in the folder")
+    output.add_argument("--resume", metavar="FOLDER", help="go on with a run that was stopped, with its own settings")
+    output.add_argument("--allow-pickle", action="store_true", help="read a pickled teacher, which runs its code")
+    output.add_argument("--tensorboard", action="store_true", help="also write the history as TensorBoard events")
     output.add_argument("--quiet", action="store_true", help="no progress and no table, the verdict alone")
     group = parser.add_argument_group(
         "settings", "An option wins over the file of --config, and that over the default."
@@ -163,9 +180,30 @@ def read_settings(options: argparse.Namespace) -> tuple[Settings, dict[str, str]
     origins |= {name: f"{options.config}: {name}" for name in from_file}
     origins |= {name: option_name(name) for name in given}
     settings = Settings(**{**from_file, **given})
-    if settings.data.lower() not in NAMED and Path(settings.data).exists():
-        settings = dataclasses.replace(settings, data=str(Path(settings.data).absolute()))  # for config.toml's sake
-    return settings, origins
+    paths: dict[str, Any] = {"data": settings.data if settings.data.lower() not in NAMED else None, "teacher": settings.teacher}
+    for name, path in paths.items():
+        if isinstance(path, str) and path and Path(path).exists():
+            paths[name] = str(Path(path).absolute())  # for config.toml's sake
+    return dataclasses.replace(settings, **{name: path for name, path in paths.items() if path is not None}), origins
+
+
+def take_up(options: argparse.Namespace) -> RunFolder:
+    """The folder of --resume, whose config.toml takes the place of all other settings.
+
+    Raises
+    ------
+    ArgumentError : settings were given beside it.  OutputError : there is no run in the folder, or a complete one.
+    """
+    beside = [field.name for field in dataclasses.fields(Settings) if hasattr(options, field.name)]
+    beside += [name for name in ("config", "out", "overwrite") if getattr(options, name)]
+    if beside:
+        fix = "A run goes on with the settings that it began with, which are in its config.toml."
+        expected = "left out beside --resume"
+        raise ArgumentError("minikd distill", option_name(beside[0]), expected=expected, got="both", fix=fix)
+    folder = RunFolder(options.resume)
+    folder.resume()
+    options.config, options.out = str(folder.path / CONFIG), options.resume
+    return folder
 
 
 # Where an error is raised, and the argument that it names → the setting that it is about.
@@ -188,14 +226,22 @@ def naming(origins: dict[str, str]) -> Iterator[None]:
 def distill(options: argparse.Namespace) -> int:
     """Train, write the folder, and print the table and the verdict."""
     began = time.monotonic()
+    resumed = take_up(options) if options.resume else None
     settings, origins = read_settings(options)
-    folder = RunFolder(options.out, options.overwrite) if options.out else RunFolder.fresh(settings.data)
+    fresh = RunFolder(options.out, options.overwrite) if options.out else RunFolder.fresh(settings.data)
+    folder = resumed or fresh
+    folder.tensorboard = options.tensorboard
     watcher = watch(sys.stderr, options.quiet)
     with naming(origins):
         experiment = Experiment(
-            settings, on_progress=watcher, on_model=lambda: folder.write_results(experiment.result())
+            settings,
+            allow_pickle=options.allow_pickle,
+            on_progress=watcher,
+            on_model=lambda: folder.write_results(experiment.result()),
         )
-        folder.begin(experiment.settings)
+        if resumed is None:
+            folder.begin(experiment.settings)
+        experiment.keep_in(folder.path / CHECKPOINTS)
     introduce(experiment, options.quiet)
     interrupted = False
     try:
@@ -206,6 +252,8 @@ def distill(options: argparse.Namespace) -> int:
     result = experiment.result()
     folder.write_results(result)
     missing = draw(folder, result)
+    if result.complete:
+        experiment.forget_checkpoints()
     if interrupted:
         print(f"\n{what_was_lost(result, watcher, folder)}", file=sys.stderr, flush=True)
     conclude(result, folder, missing, options.quiet, time.monotonic() - began)
@@ -224,18 +272,21 @@ def draw(folder: RunFolder, result: DistillResult) -> str:
 def introduce(experiment: Experiment, quiet: bool) -> None:
     """Say what is about to be trained."""
     settings, data = experiment.settings, experiment.dataset
-    teacher, student = (full_sizes(s, data.features, data.classes) for s in (settings.teacher, settings.student))
-    large, small = parameters_of(teacher), parameters_of(student)
     if quiet:
         return
     rows = ", ".join(f"{part} {count:,}" for part, count in data.sizes.items())
-    ratio = f", {large / small:.0f} times fewer" if large >= 2 * small else ""
+    large, small = experiment.parameters
+    ratio = f", {large / small:.0f} times fewer" if large and large >= 2 * small else ""
+    between = [("between", f"assistants {settings.assistants}")] if settings.assistants else []
+    between += [("between", f"{settings.generations} generations of students")] if settings.generations > 1 else []
+    schedules = [f"{name.replace('_', ' ')} {getattr(settings, name)}" for name in SCHEDULED if getattr(settings, name)]
     weights = f"hard weight {settings.hard_weight:g}, soft weight {settings.soft_weight:g}"
     lines = [
         ("data", f"{data.name}: {rows}; {data.features:,} features, {data.classes:,} classes"),
-        ("teacher", f"{layers_in_words(teacher)}, {large:,} parameters"),
-        ("student", f"{layers_in_words(student)}, {small:,} parameters{ratio}"),
-        ("loss", f"T = {settings.temperature:g}, {weights}"),
+        ("teacher", experiment.teacher_in_words()),
+        *between,
+        ("student", f"{layers_in_words(experiment.student_sizes)}, {small:,} parameters{ratio}"),
+        ("loss", settings.objective or ", ".join([f"T = {settings.temperature:g}", weights, *schedules])),
         ("run", f"{experiment.trainings} trainings, {_seeds(settings.seeds)}, backend {current_backend()}"),
         ("steps", f"{settings.epochs} epochs in batches of {settings.batch_size}, {settings.optimizer}"),
     ]
@@ -253,7 +304,8 @@ def what_was_lost(result: DistillResult, watcher: Watcher, folder: RunFolder) ->
         last = watcher.last
         where = f", stopped at {training_in_words(last)}, epoch {last.epoch} of {last.epochs}" if last else ""
         parts.append(f"Lost: {_seeds(lost)}{where}.")
-    return " ".join([*parts, f"{'What is complete' if complete else 'The history so far'} is in {folder.path}."])
+    parts.append(f"{'What is complete' if complete else 'The history so far'} is in {folder.path}.")
+    return " ".join([*parts, f"Go on with: minikd distill --resume {shlex.quote(str(folder.path))}"])
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -312,7 +364,10 @@ examples:
   minikd distill
   minikd distill --student 32 --temperature 4 --labels 50 --seeds 0-9 --out runs/mine
   minikd distill --data measurements.csv --label-column kind
-  minikd distill --config runs/mine/config.toml --out runs/again""",
+  minikd distill --teacher model.onnx --student 32-16 --data measurements.csv
+  minikd distill --teacher rf --objective "HardLabels(0.1) + ReverseKL(0.9, temperature=2)"
+  minikd distill --config runs/mine/config.toml --out runs/again
+  minikd distill --resume runs/mine""",
         distill_options,
         distill,
     ),

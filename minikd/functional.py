@@ -30,6 +30,7 @@ __all__ = [
     "argmax",
     "concatenate",
     "correct_count",
+    "corrected_logits",
     "cross_entropy",
     "distillation_loss",
     "dropout",
@@ -40,12 +41,14 @@ __all__ = [
     "log_softmax",
     "matmul",
     "relu",
+    "shift_images",
     "sigmoid",
     "softmax",
     "standardise",
     "take",
     "take_scaled",
     "tanh",
+    "teacher_confidence",
 ]
 
 # Rows that are looked at for the warning that probabilities came where logits belong.
@@ -87,6 +90,10 @@ def _between(where: str, argument: str, value: Any, low: float, high: float, exp
     if not low <= number <= high:
         raise ArgumentError(where, argument, expected=expected, got=repr(value))
     return number
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _finite(where: str, argument: str, value: Any) -> Any:
@@ -567,8 +574,7 @@ def linear_distillation_loss(
     scalars = [_temperature(where, temperature)]
     scalars += [_finite(where, a, w) for a, w in (("hard_weight", hard_weight), ("soft_weight", soft_weight))]
     _choice(where, "reduction", reduction, ("mean", "sum"))
-    whole = isinstance(chunk_rows, int | np.integer) and not isinstance(chunk_rows, bool)
-    if chunk_rows is not None and not (whole and chunk_rows >= 1):
+    if chunk_rows is not None and not (_is_whole(chunk_rows) and chunk_rows >= 1):
         raise ArgumentError(where, "chunk_rows", expected="a whole number from 1, or None", got=repr(chunk_rows))
     attrs = {
         "reduction": reduction,
@@ -617,6 +623,78 @@ def correct_count(logits: Any, target: Any, *, ignore_index: int = -100) -> Any:
     """
     z = _rows_of_logits("correct_count", "logits", logits)
     return _value(evaluate(OPS["correct_count"], [z, target], {"ignore_index": int(ignore_index)})[0][0])
+
+
+# --- what a teacher is worth ---
+
+
+def teacher_confidence(
+    teacher_logits: Any, target: Any = None, temperature: float = 1.0, *, ignore_index: int = -100
+) -> Any:
+    """How sure a teacher is of each row, a weight from 0 to 1: 1 - H(q)/log C, or its probability of the true class.
+
+    H(q) is the entropy of q = softmax(teacher_logits/T), and log C the most that it can be. The teacher is a constant:
+    no gradient flows through its weights.
+
+    Parameters
+    ----------
+    teacher_logits : (n, c) raw scores.
+    target : (n,) class ids; then the weight is q of that class, and the largest q where a row has no label. None for
+        the weight by entropy, which is 1 for a single class.
+    temperature : T > 0.
+    ignore_index : the class id of rows without a label.
+
+    Returns
+    -------
+    (n,) in the dtype of the logits; NaN for a row whose `softmax` is NaN.
+
+    Raises
+    ------
+    ArgumentError : T ≤ 0, NaN or infinite; a class id outside 0 … c - 1.
+    ShapeError : shapes do not fit, or n or c is 0.
+    """
+    where = "teacher_confidence"
+    t, z = _temperature(where, temperature), _rows_of_logits(where, "teacher_logits", teacher_logits)
+    labels = None if target is None else _class_ids(where, target, len(z))
+    _warn_of_probabilities(where, teacher_logits=z)
+    return _constant(where, (teacher_logits, labels, t), ignore_index=int(ignore_index))
+
+
+def corrected_logits(teacher_logits: Any, target: Any, ignore_index: int = -100) -> Any:
+    """A teacher's logits (n, c) without its mistakes: where the largest is not the label's, the two are exchanged.
+
+    So the label gets the largest score, and what the teacher says of all other classes stays. A row that is right, or
+    has no label (`ignore_index`), is left as it is. The same holds of probabilities. No gradient flows through it.
+
+    Parameters
+    ----------
+    teacher_logits : (n, c) raw scores.  target : (n,) class ids.
+
+    Raises
+    ------
+    ArgumentError : a class id outside 0 … c - 1.  ShapeError : shapes do not fit, or n or c is 0.
+
+    Source: Wen, Lai and Qian 2021, "Preparing lessons: improve knowledge distillation with better supervision", the
+    probability shift.
+    """
+    where = "corrected_logits"
+    labels = _class_ids(where, target, len(_rows_of_logits(where, "teacher_logits", teacher_logits)))
+    return _constant(where, (teacher_logits, labels), ignore_index=int(ignore_index))
+
+
+def _class_ids(where: str, target: Any, n: int) -> Any:
+    """The target as an array of class ids (n,)."""
+    array = target.array if isinstance(target, Tensor) else np.asarray(target)
+    if array.shape != (n,):
+        raise ShapeError(where, "target", expected=f"class ids of shape ({n},)", got=f"shape {array.shape}")
+    return array
+
+
+def _constant(name: str, inputs: Sequence[Any], **attrs: Any) -> Any:
+    """An operation without a gradient: a tensor if one came, else an array."""
+    if any(isinstance(x, Tensor) for x in inputs):
+        return apply(name, *inputs, **attrs)
+    return evaluate(OPS[name], inputs, attrs)[0][0]
 
 
 # --- layers' functions ---
@@ -766,3 +844,42 @@ def dropout(x: Any, p: float = 0.5, *, training: bool = True, seed: int = 0, str
     if isinstance(x, Tensor):
         return apply("dropout", x, step, **attrs)
     return evaluate(OPS["dropout"], [x, step], attrs)[0][0]
+
+
+def shift_images(
+    x: Any, shape: tuple[int, int], step: Any, *, most: int = 2, fill: Any = None, seed: int = 0, stream: int = 0
+) -> Any:
+    """Move each picture by whole pixels, up to `most` in each direction, drawn anew for each row and step.
+
+    How far a row moves is a function of seed, stream, step and the row's number alone, so that every backend and every
+    repetition moves it alike; all moves are equally likely (to 2⁻³²). No gradient flows through it.
+
+    Parameters
+    ----------
+    x : (n, h·w) features that are pictures, line after line.
+    shape : (h, w), their height and width.
+    step : how often this was done before; in a compiled step an int64 array without axes, an argument or a counter.
+    most : the farthest move, from 0; less than both h and w.
+    fill : (h·w,) what vacated pixels become, the normalised value of black for each pixel for example; None for 0.
+    seed, stream : give each use its own stream; those of dropout layers are apart from these.
+
+    Raises
+    ------
+    ArgumentError : shape is no pair of whole numbers from 1, or most is out of its range.
+    ShapeError : the rows are no pictures of this shape, or fill is no such picture.
+
+    Source: Hinton, Vinyals and Dean 2015, sec. 3 (up to two pixels); the generator is that of `dropout`.
+    """
+    where = "shift_images"
+    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
+    if len(sizes) != 2 or not all(_is_whole(s) and s >= 1 for s in sizes):
+        expected = "the height and width of a picture, two whole numbers from 1"
+        raise ArgumentError(where, "shape", expected=expected, got=repr(shape))
+    height, width = (int(s) for s in sizes)
+    found = np.shape(x)
+    if len(found) != 2 or found[1] != height * width:
+        expected = f"of shape (n, {height * width}), pictures of {height}·{width} pixels"
+        raise ShapeError(where, "x", expected=expected, got=f"shape {found}", fix="Flatten each picture to one row.")
+    step = step if isinstance(step, np.ndarray) else int(step)
+    attrs = {"width": width, "most": int(most) if _is_whole(most) else most, "seed": int(seed), "stream": int(stream)}
+    return _constant(where, (x, fill, step), **attrs)

@@ -91,6 +91,7 @@ def test_the_report_has_every_documented_key(run: Any) -> None:
     report = run.report
     top = {"version", "backend", "settings", "seeds", "requested_seeds", "complete", "data", "seconds", "few_labels"}
     both = {"labels", "temperature", "hard_weight", "soft_weight", "difference", "verdict"}
+    both |= {"objective", "assistants", "generations", "ensemble"}
     networks = {"teacher", "student_alone", "student_distilled"}
     assert set(report) == top | both | networks
     assert set(report["few_labels"]) == both | networks

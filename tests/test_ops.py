@@ -75,6 +75,7 @@ TOLERANCES = {
     "sgd_step": Tolerance(4, 4),
     "adam_step": Tolerance(8, 4),
     "max_norm": Tolerance(8, 0),
+    "teacher_confidence": Tolerance(16, 8),
 }
 
 
