@@ -244,6 +244,21 @@ def test_a_store_of_other_classes_is_no_teacher_for_these(tmp_path: Path) -> Non
         kd.as_teacher(tmp_path / "s", classes=9)
 
 
+def test_a_store_of_other_data_teaches_nobody_alone_or_among_others(tmp_path: Path) -> None:
+    y = np.arange(N) % C
+    data, other = kd.data.load((X, y)), kd.data.load((X[::-1], y))
+    write(tmp_path / "s", Told(), data)
+    stored = kd.as_teacher(tmp_path / "s")
+    both = kd.as_teacher([tmp_path / "s", NET], average="logits")
+    for teacher in (stored, both, kd.as_teacher(NET)):
+        teacher.check(data)
+    for teacher in (stored, both):
+        with pytest.raises(DataError, match=r"the data \(sha256\) of the store in"):
+            teacher.check(other)
+    with pytest.raises(DataError, match=r"the data \(sha256\) of the store in"):
+        kd.distill(stored, (4,), other, epochs=1)
+
+
 def test_a_store_can_be_made_of_a_store(tmp_path: Path) -> None:
     write(tmp_path / "s", Told(), X)
     small = write(tmp_path / "t", kd.as_teacher(tmp_path / "s"), X, top_k=1)
