@@ -34,6 +34,7 @@ _PUBLIC = {
     "ops": "minikd.ops",
     "optim": "minikd.optim",
     "schedules": "minikd.schedules",
+    "store": "minikd.store",
     "teachers": "minikd.teachers",
 }
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import minikd
-from minikd import bench
+from minikd import bench, labelling
 from minikd.data.sources import NAMED
 from minikd.distillation import DistillResult, Experiment
 from minikd.errors import ArgumentError, MinikdError
@@ -371,6 +371,12 @@ examples:
   minikd distill --resume runs/mine""",
         distill_options,
         distill,
+    ),
+    "label": Command(
+        "keep a teacher's logits of every row of a data set, for many distillations",
+        labelling.EXAMPLE,
+        labelling.add_arguments,
+        labelling.run,
     ),
     "bench": Command(
         "time the kernels beside PyTorch, JAX, SciPy and NumPy",

@@ -321,6 +321,7 @@ class Experiment:
         data = self.dataset
         few = slice(0, F.ROWS_TO_LOOK_AT)
         if self._teacher is not None:
+            self._teacher.check(data)
             if not self._teacher.knows(data.rows_train):
                 expected, fix = "one that knows every row of the training part", "Label the data again."
                 raise ArgumentError("distill", "teacher", expected=expected, got=self._teacher.identity, fix=fix)

@@ -62,13 +62,13 @@ def write_tensors(
     write_whole(Path(path), struct.pack("<Q", len(text)) + text + b"".join(pieces), durable=durable)
 
 
-def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
+def write_whole(path: Path, *pieces: bytes | memoryview, durable: bool = True) -> None:
     """Write a file under a temporary name beside it and rename it, so that nobody ever sees half of it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         try:
             with temporary.open("xb") as file:
-                file.write(data)
+                file.writelines(pieces)
                 if durable:
                     file.flush()
                     os.fsync(file.fileno())

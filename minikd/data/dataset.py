@@ -131,9 +131,7 @@ class Dataset:
         for name, size in self.sizes.items():
             if numbers[name].shape != (size,):
                 got = f"shape {numbers[name].shape}"
-                raise ShapeError(
-                    "Dataset", f"rows_{name}", expected=f"a sample number for each of {size} rows", got=got
-                )
+                raise ShapeError("Dataset", f"rows_{name}", expected=f"a number for each of {size} rows", got=got)
 
     @property
     def classes(self) -> int:

@@ -177,9 +177,7 @@ def load(
     wanted = _wanted(raw, {"test": test, "validation": validation}, int(np.count_nonzero(y >= 0)))
     numbers = _numbered({name: len(y) for name, (_, y) in parts.items()})
     if wanted:
-        pieces = split(
-            x, y, wanted, split_seed
-        )  # the training part's rows come first, so their places are their numbers
+        pieces = split(x, y, wanted, split_seed)  # a row's place is its number, as the training part comes first
         numbers |= pieces
         parts |= {name: (x[rows], y[rows]) for name, rows in pieces.items()}
     original = raw.parts["train"].x

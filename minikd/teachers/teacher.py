@@ -83,6 +83,9 @@ class Teacher:
         """Whether every one of these sample numbers can be answered; only tables lack some."""
         return True
 
+    def check(self, data: Any) -> None:
+        """Refuse a data set whose samples the answers are not of: DataError. Only a store knows what it is of."""
+
     # --- what a kind of teacher says of itself ---
 
     def _answer(self, x: Any, rows: Any) -> Any:
