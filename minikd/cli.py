@@ -26,12 +26,13 @@ from minikd.data.sources import NAMED
 from minikd.distillation import DistillResult, Experiment
 from minikd.errors import ArgumentError, MinikdError
 from minikd.kernels import current_backend
+from minikd.objectives import PRESETS
 from minikd.report import RunFolder, Table, Watcher, environment_table, from_toml, results_table, show, verdicts, watch
 from minikd.report.config import LAYERS, OUT, TEACHER, setting_types
 from minikd.report.folder import CHECKPOINTS, CONFIG
 from minikd.report.progress import training_in_words
 from minikd.report.table import show_sentence
-from minikd.settings import Settings, sizes_from_text
+from minikd.settings import SCHEDULED, Settings, sizes_from_text
 
 OK, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141  # exit codes; the last two are 128 + the signal, as in a shell
 
@@ -39,7 +40,6 @@ OK, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141  # exit codes; the last tw
 # --- settings as texts on the command line ---
 
 MOST_SEEDS = 1000
-SCHEDULED = ("temperature_schedule", "hard_schedule", "soft_schedule")
 
 
 def read_layers(text: str) -> tuple[int, ...]:
@@ -124,6 +124,7 @@ MORE_HELP = {
     "teacher": "layers as 256-256 or 256,256, none for no hidden layer, or all of them with features and classes: "
     "64-256-256-10; a file: .onnx, .safetensors, .npz, .npy or .csv, the folder of a store, with --allow-pickle also "
     ".joblib and .pkl; rf, gbt and mlp are trained by scikit-learn",
+    "preset": f"{', '.join(PRESETS)}; with other values: --objective \"preset('keras', alpha=0.2)\"",
     "student": "layers written as the teacher's",
     "seeds": "a list of seeds and ranges: 0-4, or 0,1,7; a single number is that one seed",
 }
@@ -287,7 +288,12 @@ def introduce(experiment: Experiment, quiet: bool) -> None:
         ("teacher", experiment.teacher_in_words()),
         *between,
         ("student", f"{layers_in_words(experiment.student_sizes)}, {small:,} parameters{ratio}"),
-        ("loss", settings.objective or ", ".join([f"T = {settings.temperature:g}", weights, *schedules])),
+        (
+            "loss",
+            str(experiment.objective)
+            if settings.objective or settings.preset
+            else ", ".join([f"T = {settings.temperature:g}", weights, *schedules]),
+        ),
         ("run", f"{experiment.trainings} trainings, {_seeds(settings.seeds)}, backend {current_backend()}"),
         ("steps", f"{settings.epochs} epochs in batches of {settings.batch_size}, {settings.optimizer}"),
     ]

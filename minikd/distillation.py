@@ -61,7 +61,7 @@ class Progress(NamedTuple):
     epochs: int
     step: int
     steps: int
-    loss: float
+    loss: float | None
     accuracy: float | None
     trainings_done: int
     trainings: int
@@ -371,10 +371,21 @@ class Experiment:
         if self._teacher is not None:
             return self._teacher
         if isinstance(s.teacher, str):
-            return trained_teacher(s.teacher, data.raw(data.x_train), data.y_train, data.classes, seed)
+            return self._train_by_scikit_learn(s.teacher, seed)
         teacher = self._new_teacher(seed)
         how = {"epochs": s.teacher_epochs, "lr": s.teacher_lr, "max_norm": s.teacher_max_norm}
         self._fit("", TEACHER, seed, teacher, data.y_train, None, HardLabels(), shift=s.teacher_shift, **how)
+        return teacher
+
+    def _train_by_scikit_learn(self, name: str, seed: int) -> Teacher:
+        """One of `teachers.TRAINERS`, fitted to this data, with a word when it is done."""
+        data = self.dataset
+        teacher = trained_teacher(name, data.raw(data.x_train), data.y_train, data.classes, seed)
+        if self._on_progress is not None:
+            scores = self._scores(teacher, data.x_validation, data.rows_validation)
+            accuracy = metrics.accuracy(scores, data.y_validation)
+            where = ("", TEACHER, seed, 1, 1, 1, 1)
+            self._on_progress(Progress(*where, None, accuracy, self._trained(), self.trainings))
         return teacher
 
     def _make_student(self, seed: int, first: bool) -> Module:

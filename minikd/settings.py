@@ -10,13 +10,16 @@ from typing import Any
 
 from minikd.errors import ArgumentError
 from minikd.kernels import BACKENDS
-from minikd.objectives import HardLabels, Objective, SoftLabels, parse
+from minikd.objectives import PRESETS, HardLabels, Objective, SoftLabels, parse, preset
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.optim import OPTIMIZERS, SCHEDULES
 from minikd.schedules import as_schedule
 from minikd.training import SAMPLINGS
 
 __all__ = ["Settings", "full_sizes", "sizes_from_text"]
+
+
+SCHEDULED = ("temperature_schedule", "hard_schedule", "soft_schedule")
 
 
 def option(default: Any, text: str) -> Any:
@@ -42,6 +45,7 @@ class Settings:
     temperature: float = option(4.0, "softens teacher and student in the soft term; above 0")
     hard_weight: float = option(0.5, "weight of the cross-entropy with the labels")
     soft_weight: float = option(0.5, "weight of T²·KL(teacher ‖ student)")
+    preset: str = option("", "objective of another toolkit in its defaults, in place of those above")
     objective: str = option("", "terms in place of the two above, such as HardLabels(0.3) + ReverseKL(0.7)")
     temperature_schedule: str = option("", "factor of the temperature over the training, such as linear(1, 0.25)")
     hard_schedule: str = option("", "factor of the hard weight over the training, such as warmup(0.1)")
@@ -100,15 +104,19 @@ class Settings:
 
         Raises
         ------
-        ArgumentError : a text that is no objective or no schedule.
+        ArgumentError : a text that is no objective or no schedule, or two things that exclude each other.
         """
-        schedules = ("temperature_schedule", "hard_schedule", "soft_schedule")
-        for name in schedules:
+        named = "preset" if self.preset else "objective" if self.objective else ""
+        excluded = ("objective",) * bool(self.preset) + SCHEDULED * bool(named)
+        for name in SCHEDULED:
             as_schedule("settings", name, getattr(self, name))
-            if self.objective and getattr(self, name):
-                fix = "Write it into the term, such as SoftLabels(0.7, weight_schedule='cosine(1, 0)')."
-                expected = "left out where there is an objective"
-                raise ArgumentError("settings", name, expected=expected, got=repr(getattr(self, name)), fix=fix)
+        for name in excluded:
+            if getattr(self, name):
+                fix = "Write it into the objective, such as SoftLabels(0.7, weight_schedule='cosine(1, 0)')."
+                expected, got = f"left out where there is {named}", repr(getattr(self, name))
+                raise ArgumentError("settings", name, expected=expected, got=got, fix=fix)
+        if self.preset:
+            return preset(self.preset)
         if self.objective:
             return parse(self.objective, "settings", "objective")
         hard = HardLabels(self.hard_weight, weight_schedule=self.hard_schedule or None)
@@ -174,6 +182,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": _number(0, True),
     "hard_weight": _number(0, False),
     "soft_weight": _number(0, False),
+    "preset": _among(("", *PRESETS)),
     "mode": _among(("offline", "online")),
     "generations": _count(1),
     "labels": _count(0),
