@@ -7,11 +7,12 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any, TextIO
 
 import numpy as np
@@ -133,12 +134,21 @@ def _workers(processes: int) -> Iterator[ProcessPoolExecutor | None]:
         return
     for name in (*VARIABLES, "MINIKD_NUM_THREADS"):  # they read them when they start
         os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // processes)))
-    with ProcessPoolExecutor(processes, get_context("spawn"), _leave_ctrl_c_to_the_parent) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), _follow_the_parent) as pool:
         yield pool
 
 
-def _leave_ctrl_c_to_the_parent() -> None:
+def _follow_the_parent() -> None:
+    """A worker leaves Ctrl-C to its parent, and does not outlive it, even where the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_after_the_parent, daemon=True).start()
+
+
+def _end_after_the_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 # --- what is printed ---

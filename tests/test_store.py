@@ -728,6 +728,32 @@ def test_processes_are_counted_from_one(number: str, capsys: pytest.CaptureFixtu
     assert "--processes must be a whole number from 1" in capsys.readouterr().err
 
 
+WORKERS = """
+import os, signal
+from minikd.labelling import _workers
+
+if __name__ == "__main__":
+    with _workers(2) as pool:
+        assert pool.submit(os.getpid).result() != os.getpid()
+        print("at work", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_do_not_outlive_a_command_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "workers.py").write_text(WORKERS)
+    env = {**os.environ, "PYTHONPATH": str(Path(kd.__file__).parents[1])}
+    done = subprocess.run(  # returns when the last of them has let go of the output
+        [sys.executable, "workers.py"],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"at work\n")
+
+
 @pytest.mark.usefixtures("files")
 def test_after_ctrl_c_the_command_says_that_it_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
