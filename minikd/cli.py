@@ -367,12 +367,12 @@ def explain(options: argparse.Namespace) -> int:
         experiment = Experiment(settings, allow_pickle=options.allow_pickle, on_progress=watcher)
     introduce(experiment, options.quiet)
     with watcher:
-        rehearsal = experiment.rehearse(settings.seeds[0])
-    teacher, alone = rehearsal.teacher_accuracy, rehearsal.alone_accuracy
-    weighings, trouble = weigh_first_epoch(rehearsal.training)
+        training, teacher, teacher_accuracy, alone_accuracy = experiment.rehearse(settings.seeds[0])
+    weighings, trouble = weigh_first_epoch(training)
     if not options.quiet:
-        show_weighings(weighings, teacher, alone, sys.stdout)
-    found = [*trouble, *warnings_of(*weighings, teacher_accuracy=teacher, student_accuracy=alone)]
+        show_weighings(weighings, {teacher: teacher_accuracy, "student alone": alone_accuracy}, sys.stdout)
+    known = {"teacher_accuracy": teacher_accuracy, "student_accuracy": alone_accuracy}
+    found = [*trouble, *warnings_of(*weighings, **known, teacher=teacher)]
     for sentence in found:
         show_sentence("warning", f"Warning: {sentence}", sys.stdout)
     if not found:

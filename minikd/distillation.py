@@ -129,12 +129,13 @@ class Rehearsal(NamedTuple):
     """The distilled student of one seed before its first step, and what it can be compared with.
 
     training : of the student by what teaches it; online, of teacher and student together.
-    teacher_accuracy : on the validation part, of what teaches the student: the last assistant if there are any. None
-        online, and where a table does not know those rows.
+    teacher : the name of what teaches it: "teacher", or the last assistant's.
+    teacher_accuracy : of that on the validation part; None online, and where a table does not know those rows.
     alone_accuracy : on the validation part, of the same student, trained on its labels alone; None if it was not.
     """
 
     training: Training
+    teacher: str
     teacher_accuracy: float | None
     alone_accuracy: float | None
 
@@ -320,14 +321,14 @@ class Experiment:
         if lesson is None:
             peers = Peers((self._new_teacher(seed), student))
             training = self._training(seed, peers, y, None, **self._as_a_student(peers, None))
-            return Rehearsal(training, None, alone_accuracy)
-        teacher = self._models["", TEACHER, seed].model if self._teacher is None else self._teacher
+            return Rehearsal(training, TEACHER, None, alone_accuracy)
+        name, teacher = TEACHER, self._models["", TEACHER, seed].model if self._teacher is None else self._teacher
         for name, assistant in self._assistants(seed):
             self._train(situation, name, seed, assistant, y, lesson)
             self._keep(situation, name, seed, assistant, _logits(assistant, on_test), None)
             lesson, teacher = self._lesson_of(assistant), assistant
         training = self._training(seed, student, y, lesson, **self._as_a_student(student, lesson))
-        return Rehearsal(training, self._validation_accuracy(teacher), alone_accuracy)
+        return Rehearsal(training, name, self._validation_accuracy(teacher), alone_accuracy)
 
     def _validation_accuracy(self, model: Any) -> float | None:
         """Of a network or a teacher; None where it does not know the rows."""

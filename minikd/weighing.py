@@ -19,11 +19,21 @@ from minikd import functional as F
 from minikd.errors import DivergenceError
 from minikd.nn import Module
 from minikd.objectives import Batch, Objective, Term, as_target
+from minikd.peers import Peers
 from minikd.tape import no_grad
 from minikd.terms import TermMeter
 from minikd.training import Training, loss_of
 
-__all__ = ["SMALL_SHARE", "TermWeight", "Weighing", "warnings_of", "weigh", "weigh_first_epoch", "weigh_training"]
+__all__ = [
+    "SMALL_SHARE",
+    "TermWeight",
+    "Weighing",
+    "percent",
+    "warnings_of",
+    "weigh",
+    "weigh_first_epoch",
+    "weigh_training",
+]
 
 SMALL_SHARE = 0.01  # of the gradient: below it a term hardly counts, and above 1 - this the others hardly do
 
@@ -61,6 +71,7 @@ class Weighing:
     angle : degrees from 0 to 180 between the gradients, over the model's parameters, of the terms that need only labels
         and of those that need a teacher; None where one of the two has no gradient.
     rows, labelled : rows of the batch, and those of them that have a label.
+    networks : how many learn together; all figures are of the sum of their losses (see `Peers`).
     probabilities : whose logits look like probabilities, "teacher" or "student".
     moment : when it was, such as "before training".
     """
@@ -69,6 +80,7 @@ class Weighing:
     angle: float | None
     rows: int
     labelled: int
+    networks: int
     probabilities: tuple[str, ...]
     moment: str = ""
 
@@ -122,6 +134,7 @@ def weigh(
         _angle(*_pulls(present, gradients[:, : model.parameter_count])),
         len(inputs),
         int((target >= 0).sum()),
+        len(model.members) if isinstance(model, Peers) else 1,
         tuple(name for name, z in given.items() if z is not None and F.look_like_probabilities(z)),
         moment,
     )
@@ -210,7 +223,10 @@ def _angle(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def warnings_of(
-    *weighings: Weighing, teacher_accuracy: float | None = None, student_accuracy: float | None = None
+    *weighings: Weighing,
+    teacher_accuracy: float | None = None,
+    student_accuracy: float | None = None,
+    teacher: str = "teacher",
 ) -> list[str]:
     """What stands out, each in a sentence or two that say what to change; empty where nothing does.
 
@@ -219,13 +235,14 @@ def warnings_of(
     weighings : of one objective, at one moment or at several.
     teacher_accuracy, student_accuracy : of the teacher and of the student without it, both from 0 to 1 and on the same
         rows, best those of the validation part; None where they are not known.
+    teacher : what the teacher is called.
     """
     return [
         *_probabilities_as_logits(weighings),
         *_without_t2(weighings),
         *_not_finite(weighings),
         *_out_of_balance(weighings),
-        *_worse_teacher(teacher_accuracy, student_accuracy),
+        *_worse_teacher(teacher, teacher_accuracy, student_accuracy),
     ]
 
 
@@ -248,8 +265,8 @@ def _without_t2(weighings: Sequence[Weighing]) -> list[str]:
             t, t2 = term.temperature, term.temperature**2
             said.setdefault(
                 term.name,
-                f"{term.name} has a temperature of {t:.3g} and no factor T², so its gradient is about 1/T² = "
-                f"1/{t2:.3g} of what it would be. Let scale_t2 be True, or multiply its weight by {t2:.3g}.",
+                f"{term.name} has a temperature of {t:.3g} and no factor T², so its gradient is only 1/T² = "
+                f"1/{t2:.3g} of what it would be with it. Let scale_t2 be True, or multiply its weight by {t2:.3g}.",
             )
     return list(said.values())
 
@@ -306,8 +323,13 @@ def _idle(places: Sequence[tuple[Weighing, TermWeight]]) -> str:
 
 def _shares(places: Sequence[tuple[Weighing, TermWeight]]) -> str:
     """Such as "0.42 % of the gradient before training and 0.3 % after one epoch"."""
-    parts = [f"{100 * term.share:.3g} %{{}}{_when(weighing)}" for weighing, term in places]
+    parts = [f"{percent(term.share)} %{{}}{_when(weighing)}" for weighing, term in places]
     return _listed([part.format("" if k else " of the gradient") for k, part in enumerate(parts)])
+
+
+def percent(share: float) -> str:
+    """A share in percent, to three digits; near 1 to two decimals, so that only the whole is 100."""
+    return f"{math.floor(10_000 * share) / 100:g}" if share > 1 - SMALL_SHARE else f"{100 * share:.3g}"
 
 
 def _when(weighing: Weighing) -> str:
@@ -318,11 +340,11 @@ def _listed(texts: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
 
 
-def _worse_teacher(teacher: float | None, student: float | None) -> list[str]:
+def _worse_teacher(name: str, teacher: float | None, student: float | None) -> list[str]:
     if teacher is None or student is None or teacher >= student:
         return []
     return [
-        f"The teacher is right in {100 * teacher:.1f} % of the rows and the student without it in {100 * student:.1f} "
+        f"The {name} is right in {100 * teacher:.1f} % of the rows and the student without it in {100 * student:.1f} "
         "%: a teacher that is worse than its student can hardly help. Train it longer (teacher_epochs), make it larger "
         "(teacher), or take another one."
     ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 from minikd.report.table import NOTHING, Table, show, show_sentence
-from minikd.weighing import TermWeight, Weighing
+from minikd.weighing import TermWeight, Weighing, percent
 
 NOTE = (
     "value: what the term adds to the loss, weight and all. gradient: the L2 norm of that value's gradient over all "
@@ -15,19 +15,20 @@ NOTE = (
 )
 
 
-def show_weighings(weighings: Sequence[Weighing], teacher: float | None, alone: float | None, stream: TextIO) -> None:
-    """Write the formulas, the table, the angles, and the validation accuracies of teacher and student alone."""
+def show_weighings(weighings: Sequence[Weighing], accuracies: Mapping[str, float | None], stream: TextIO) -> None:
+    """Write the formulas, the table, the angles, and the validation accuracies of these models."""
     for table in (formulas_table(weighings[0]), weighing_table(weighings)):
         show(table, stream)
         print(file=stream)
-    for sentence in filter(None, (angles_in_words(weighings), accuracies_in_words(teacher, alone))):
+    for sentence in filter(None, (angles_in_words(weighings), accuracies_in_words(accuracies))):
         show_sentence("", sentence, stream)
         print(file=stream)
 
 
 def formulas_table(weighing: Weighing) -> Table:
     """Each term and its formula."""
-    return Table(("term", "formula"), "<<", [(term.name, term.formula) for term in weighing.terms])
+    rows = [(term.name, term.formula + ", without T²" * (term.scale_t2 is False)) for term in weighing.terms]
+    return Table(("term", "formula"), "<<", rows)
 
 
 def weighing_table(weighings: Sequence[Weighing]) -> Table:
@@ -41,11 +42,12 @@ def weighing_table(weighings: Sequence[Weighing]) -> Table:
 
 def _heading(weighing: Weighing) -> str:
     labelled = "" if weighing.labelled == weighing.rows else f", {weighing.labelled:,} of them labelled"
-    return ", ".join(filter(None, (weighing.moment, f"first batch: {weighing.rows:,} rows{labelled}")))
+    together = f", {weighing.networks} networks together" if weighing.networks > 1 else ""
+    return ", ".join(filter(None, (weighing.moment, f"first batch: {weighing.rows:,} rows{labelled}{together}")))
 
 
 def _row(term: TermWeight) -> tuple[str, ...]:
-    share = NOTHING if math.isnan(term.share) else f"{100 * term.share:.3g}"
+    share = NOTHING if math.isnan(term.share) else percent(term.share)
     return term.name, _coefficient(term), f"{term.value:.4g}", f"{term.gradient_norm:.4g}", share
 
 
@@ -58,21 +60,17 @@ def _coefficient(term: TermWeight) -> str:
 
 def angles_in_words(weighings: Sequence[Weighing]) -> str:
     """How far the gradients of the hard and of the soft terms point apart; empty where one of them is missing."""
-    angles = [
-        f"{weighing.angle:.0f}°" + (f" {weighing.moment}" if weighing.moment else "")
-        for weighing in weighings
-        if weighing.angle is not None
-    ]
-    if not angles:
+    known = [weighing for weighing in weighings if weighing.angle is not None]
+    if not known:
         return ""
+    angles = [f"{w.angle:.0f}°{'' if k else ' apart'} {w.moment}".rstrip() for k, w in enumerate(known)]
     return (
-        f"The gradients of the hard and of the soft terms are {' and '.join(angles)} apart: "
+        f"The gradients of the hard and of the soft terms are {' and '.join(angles)}: "
         "at 0° they want the same, and above 90° they work against each other."
     )
 
 
-def accuracies_in_words(teacher: float | None, alone: float | None) -> str:
-    """How often the teacher and the student without it are right, as far as that is known."""
-    known = [("the teacher", teacher), ("the student alone", alone)]
-    parts = [f"{who} {100 * accuracy:.1f} %" for who, accuracy in known if accuracy is not None]
+def accuracies_in_words(accuracies: Mapping[str, float | None]) -> str:
+    """How often each of these models is right, as far as that is known."""
+    parts = [f"{name} {100 * share:.1f} %" for name, share in accuracies.items() if share is not None]
     return f"Accuracy on the validation part: {', '.join(parts)}." if parts else ""
