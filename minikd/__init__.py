@@ -36,6 +36,7 @@ _PUBLIC = {
     "schedules": "minikd.schedules",
     "store": "minikd.store",
     "teachers": "minikd.teachers",
+    "training": "minikd.training",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -214,7 +214,12 @@ def take_up(options: argparse.Namespace) -> RunFolder:
 
 
 # Where an error is raised, and the argument that it names → the setting that it is about.
-SETTING_OF = {("data.load", "source"): "data", ("use_backend", "name"): "backend"}
+SETTING_OF = {
+    ("data.load", "source"): "data",
+    ("use_backend", "name"): "backend",
+    ("as_teacher", "x"): "teacher",
+    ("distill", "teacher"): "teacher",
+}
 
 
 @contextmanager

@@ -102,6 +102,7 @@ class DistillResult:
     ----------
     student, teacher, student_alone : the models of the first seed; `student` is the distilled one. They take raw
         features in `predict`, `predict_proba` and `logits`. None where the run stopped before it had them.
+    teacher_on_validation : what the first seed's teacher says of the validation part (n, c), or None.
     report : the figures, as report.json holds them.
     history : one dict for each epoch of each training.
     dataset : what was trained on.  settings : what the run depended on.
@@ -116,6 +117,7 @@ class DistillResult:
     student: Any
     student_alone: Any
     complete: bool
+    teacher_on_validation: np.ndarray | None = None
 
 
 class Lesson(NamedTuple):
@@ -198,6 +200,7 @@ class Experiment:
         self._seconds = 0.0
         self._check_models()
         self._lesson: tuple[Lesson, np.ndarray | None] | None = None  # of a teacher that was given
+        self._teacher_on_validation: np.ndarray | None = None  # of the first seed
         self._checkpoints: Checkpoints | None = None
 
     def keep_in(self, folder: str | Path) -> None:
@@ -303,6 +306,7 @@ class Experiment:
         teacher = self._new_teacher(seed)
         self._train(situation, DISTILLED, seed, Peers((teacher, student)), y, None)
         on_test = _logits(teacher, self.dataset.x_test)
+        self._note_validation(teacher)
         if ("", TEACHER, seed) not in self._models:
             self._keep("", TEACHER, seed, teacher, on_test, None)
         self._keep(situation, DISTILLED, seed, student, _logits(student, self.dataset.x_test), on_test)
@@ -376,8 +380,9 @@ class Experiment:
         if self._teacher is not None:
             self._teacher.check(data)
             if not self._teacher.knows(data.rows_train):
-                expected, fix = "one that knows every row of the training part", "Label the data again."
-                raise ArgumentError("distill", "teacher", expected=expected, got=self._teacher.identity, fix=fix)
+                expected = f"one that knows each of {len(data.rows_train)} rows of the training part"
+                fix = "A table has a row for each sample in the order of the data's source: train, validation, test."
+                raise ArgumentError("distill", "teacher", expected=expected, got="one that lacks some", fix=fix)
             self._teacher.logits(data.raw(data.x_train[few]), data.rows_train[few])
             if self._teacher.classes != data.classes:
                 expected = f"a model that gives {data.classes} logits a row, as the data has classes"
@@ -466,6 +471,7 @@ class Experiment:
         data = self.dataset
         raw = isinstance(teacher, Teacher)
         said = self._scores(teacher, data.x_train, data.rows_train)
+        self._note_validation(teacher)
         network = teacher.model if isinstance(teacher, ModelTeacher) else teacher
         lesson = Lesson(said, self._features(network, data.x_train, raw))
         known = not raw or teacher.knows(data.rows_test)
@@ -478,6 +484,12 @@ class Experiment:
         """What a network that was trained here teaches the next one."""
         x = self.dataset.x_train
         return Lesson(_logits(model, x), self._features(model, x, raw=False))
+
+    def _note_validation(self, teacher: Any) -> None:
+        rows = self.dataset.rows_validation
+        known = not isinstance(teacher, Teacher) or teacher.knows(rows)
+        if known and self._teacher_on_validation is None:
+            self._teacher_on_validation = self._scores(teacher, self.dataset.x_validation, rows)
 
     def _scores(self, teacher: Any, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Logits of normalised inputs x; what is no network of ours gets raw features."""
@@ -638,6 +650,7 @@ class Experiment:
             student=self._model("all labels", DISTILLED, first),
             student_alone=self._model("all labels", ALONE, first),
             complete=len(seeds) == len(self.settings.seeds),
+            teacher_on_validation=self._teacher_on_validation,
         )
 
     def _model(self, situation: str, name: str, seed: int) -> Any:
