@@ -32,7 +32,9 @@ from minikd.report.config import LAYERS, OUT, TEACHER, setting_types
 from minikd.report.folder import CHECKPOINTS, CONFIG
 from minikd.report.progress import training_in_words
 from minikd.report.table import show_sentence
+from minikd.report.weighing import show_weighings
 from minikd.settings import SCHEDULED, Settings, sizes_from_text
+from minikd.weighing import warnings_of, weigh_first_epoch
 
 OK, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141  # exit codes; the last two are 128 + the signal, as in a shell
 
@@ -148,9 +150,12 @@ def distill_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--allow-pickle", action="store_true", help="read a pickled teacher, which runs its code")
     output.add_argument("--tensorboard", action="store_true", help="also write the history as TensorBoard events")
     output.add_argument("--quiet", action="store_true", help="no progress and no table, the verdict alone")
-    group = parser.add_argument_group(
-        "settings", "An option wins over the file of --config, and that over the default."
-    )
+    setting_options(parser, "--config")
+
+
+def setting_options(parser: argparse.ArgumentParser, file: str) -> None:
+    """One option for each setting; `file` is how the command calls the file that they win over."""
+    group = parser.add_argument_group("settings", f"An option wins over the file of {file}, and that over the default.")
     types = setting_types()
     for field in dataclasses.fields(Settings):
         text = SPECIAL.get(field.name, TEXTS[types[field.name]])
@@ -218,7 +223,7 @@ SETTING_OF = {
 
 
 @contextmanager
-def naming(origins: dict[str, str]) -> Iterator[None]:
+def naming(origins: dict[str, str], command: str = "minikd distill") -> Iterator[None]:
     """An error about a setting names the option or the key of the file that it came from."""
     try:
         yield
@@ -227,7 +232,7 @@ def naming(origins: dict[str, str]) -> Iterator[None]:
         if setting not in origins:
             raise
         described = {"expected": error.expected, "got": error.got, "fix": error.fix}
-        raise type(error)("minikd distill", origins[setting], **described) from error
+        raise type(error)(command, origins[setting], **described) from error
 
 
 def distill(options: argparse.Namespace) -> int:
@@ -343,6 +348,43 @@ def conclude(result: DistillResult, folder: RunFolder, missing: str, quiet: bool
     print(f"\nTotal time: {seconds:.1f} s. Everything can be changed: minikd distill --help", file=out)
 
 
+# --- minikd explain ---
+
+
+def explain_options(parser: argparse.ArgumentParser) -> None:
+    """The settings, in a file or as options."""
+    parser.usage = "minikd explain [CONFIG.toml] [options]"
+    parser.set_defaults(out="")
+    what = "settings, such as the config.toml of a run; without it those of minikd distill"
+    parser.add_argument("config", metavar="CONFIG.toml", nargs="?", help=what)
+    parser.add_argument("--allow-pickle", action="store_true", help="read a pickled teacher, which runs its code")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no table, the warnings alone")
+    setting_options(parser, "CONFIG.toml")
+
+
+def explain(options: argparse.Namespace) -> int:
+    """Weigh the terms of the loss before the training of the first seed's student and after its first epoch."""
+    settings, origins = read_settings(options)
+    watcher = watch(sys.stderr, options.quiet)
+    with naming(origins, "minikd explain"):
+        settings.check()
+        settings = dataclasses.replace(settings, seeds=settings.seeds[:1], labels=0, generations=1)
+        experiment = Experiment(settings, allow_pickle=options.allow_pickle, on_progress=watcher)
+    introduce(experiment, options.quiet)
+    with watcher:
+        training, teacher, teacher_accuracy, alone_accuracy = experiment.rehearse(settings.seeds[0])
+    weighings, trouble = weigh_first_epoch(training)
+    if not options.quiet:
+        show_weighings(weighings, {teacher: teacher_accuracy, "student alone": alone_accuracy}, sys.stdout)
+    known = {"teacher_accuracy": teacher_accuracy, "student_accuracy": alone_accuracy}
+    found = [*trouble, *warnings_of(*weighings, **known, teacher=teacher)]
+    for sentence in found:
+        show_sentence("warning", f"Warning: {sentence}", sys.stdout)
+    if not found:
+        print("Nothing stands out.")
+    return OK
+
+
 # --- minikd info ---
 
 
@@ -382,6 +424,19 @@ examples:
   minikd distill --resume runs/mine""",
         distill_options,
         distill,
+    ),
+    "explain": Command(
+        "weigh the terms of the loss against each other before a long training, and warn of usual mistakes",
+        """\
+examples:
+  minikd explain runs/mine/config.toml
+  minikd explain runs/mine/config.toml --temperature 20
+  minikd explain --data measurements.csv --objective "HardLabels(0.1) + ReverseKL(0.9, temperature=2)"
+
+It trains the teacher and, alone, the student of the first seed, and then a copy of the student for one epoch. Nothing
+is written.""",
+        explain_options,
+        explain,
     ),
     "label": Command(
         "keep a teacher's logits of every row of a data set, for many distillations",

@@ -42,7 +42,17 @@ from minikd.teachers.estimators import TRAINERS
 from minikd.training import Epoch, StepReport, Training, fit
 from minikd.verdict import compare
 
-__all__ = ["DistillResult", "Experiment", "Progress", "Settings", "compare", "distill", "fit", "full_sizes"]
+__all__ = [
+    "DistillResult",
+    "Experiment",
+    "Progress",
+    "Rehearsal",
+    "Settings",
+    "compare",
+    "distill",
+    "fit",
+    "full_sizes",
+]
 
 UNLABELLED = -1  # the class id of a row without a label in a data set
 ROWS_ASKED_AT_A_TIME = 8192  # of a teacher, so that the raw features of a large data set are never there as a whole
@@ -115,6 +125,21 @@ class Lesson(NamedTuple):
 
     logits: np.ndarray
     features: dict[str, np.ndarray]
+
+
+class Rehearsal(NamedTuple):
+    """The distilled student of one seed before its first step, and what it can be compared with.
+
+    training : of the student by what teaches it; online, of teacher and student together.
+    teacher : the name of what teaches it: "teacher", or the last assistant's.
+    teacher_accuracy : of that on the validation part; None online, and where a table does not know those rows.
+    alone_accuracy : on the validation part, of the same student, trained on its labels alone; None if it was not.
+    """
+
+    training: Training
+    teacher: str
+    teacher_accuracy: float | None
+    alone_accuracy: float | None
 
 
 class Experiment:
@@ -260,9 +285,7 @@ class Experiment:
         distillation via teacher assistant", sec. 3; Furlanello et al. 2018, "Born-again neural networks", sec. 3.
         """
         s, data = self.settings, self.dataset
-        links: list[tuple[str, Module]] = []
-        for k, hidden in enumerate(s.assistant_sizes(), 1):
-            links.append((f"{ASSISTANT} {k}", MLP(self._sizes(hidden), s.activation, dropout=s.dropout, seed=seed)))
+        links = self._assistants(seed)
         for k in range(1, s.generations):
             links.append((f"{GENERATION} {k}", self._make_student(seed + k * GENERATION_SEED, first=False)))
         scores = []
@@ -273,7 +296,7 @@ class Experiment:
             if not name.startswith(ASSISTANT):
                 scores.append(F.softmax(on_model.astype(np.float64)))
             if name != DISTILLED:
-                lesson = Lesson(_logits(model, data.x_train), self._features(model, data.x_train, raw=False))
+                lesson = self._lesson_of(model)
         if len(scores) > 1:
             with np.errstate(divide="ignore"):
                 self._keep(situation, ENSEMBLE, seed, None, np.log(np.mean(scores, axis=0)), on_test)
@@ -287,6 +310,36 @@ class Experiment:
         if ("", TEACHER, seed) not in self._models:
             self._keep("", TEACHER, seed, teacher, on_test, None)
         self._keep(situation, DISTILLED, seed, student, _logits(student, self.dataset.x_test), on_test)
+
+    def rehearse(self, seed: int) -> Rehearsal:
+        """Train all that comes before the distilled student of a seed, with all labels, but not that student itself."""
+        situation, y, on_test = "all labels", self.dataset.y_train, self.dataset.x_test
+        lesson = self._teach(seed)[0] if self.settings.mode == "offline" else None
+        alone_accuracy = None
+        if self.alone:
+            alone = self._make_student(seed, first=False)
+            self._train(situation, ALONE, seed, alone, y, None)
+            self._keep(situation, ALONE, seed, alone, _logits(alone, on_test), None)
+            alone_accuracy = self._validation_accuracy(alone)
+        student = self._make_student(seed, first=True)
+        if lesson is None:
+            peers = Peers((self._new_teacher(seed), student))
+            training = self._training(seed, peers, y, None, **self._as_a_student(peers, None))
+            return Rehearsal(training, TEACHER, None, alone_accuracy)
+        name, teacher = TEACHER, self._models["", TEACHER, seed].model if self._teacher is None else self._teacher
+        for name, assistant in self._assistants(seed):
+            self._train(situation, name, seed, assistant, y, lesson)
+            self._keep(situation, name, seed, assistant, _logits(assistant, on_test), None)
+            lesson, teacher = self._lesson_of(assistant), assistant
+        training = self._training(seed, student, y, lesson, **self._as_a_student(student, lesson))
+        return Rehearsal(training, name, self._validation_accuracy(teacher), alone_accuracy)
+
+    def _validation_accuracy(self, model: Any) -> float | None:
+        """Of a network or a teacher; None where it does not know the rows."""
+        data = self.dataset
+        if isinstance(model, Teacher) and not model.knows(data.rows_validation):
+            return None
+        return metrics.accuracy(self._scores(model, data.x_validation, data.rows_validation), data.y_validation)
 
     # --- models ---
 
@@ -378,8 +431,9 @@ class Experiment:
         if isinstance(s.teacher, str):
             return self._train_by_scikit_learn(s.teacher, seed)
         teacher = self._new_teacher(seed)
-        how = {"epochs": s.teacher_epochs, "lr": s.teacher_lr, "max_norm": s.teacher_max_norm}
-        self._fit("", TEACHER, seed, teacher, data.y_train, None, HardLabels(), shift=s.teacher_shift, **how)
+        how: dict[str, Any] = {"epochs": s.teacher_epochs, "lr": s.teacher_lr, "max_norm": s.teacher_max_norm}
+        how |= {"objective": HardLabels(), "shift": s.teacher_shift}
+        self._fit("", TEACHER, seed, teacher, data.y_train, None, **how)
         return teacher
 
     def _train_by_scikit_learn(self, name: str, seed: int) -> Teacher:
@@ -392,6 +446,15 @@ class Experiment:
             where = ("", TEACHER, seed, 1, 1, 1, 1)
             self._on_progress(Progress(*where, None, accuracy, self._trained(), self.trainings))
         return teacher
+
+    def _assistants(self, seed: int) -> list[tuple[str, Module]]:
+        """The assistants as yet untrained, with their names, from the teacher's side to the student's."""
+        s = self.settings
+        sizes = [self._sizes(hidden) for hidden in s.assistant_sizes()]
+        return [
+            (f"{ASSISTANT} {k}", MLP(layers, s.activation, dropout=s.dropout, seed=seed))
+            for k, layers in enumerate(sizes, 1)
+        ]
 
     def _make_student(self, seed: int, first: bool) -> Module:
         """A fresh student: for one seed always with the same weights."""
@@ -416,6 +479,11 @@ class Experiment:
         if self._teacher is not None:
             self._lesson = both
         return both
+
+    def _lesson_of(self, model: Module) -> Lesson:
+        """What a network that was trained here teaches the next one."""
+        x = self.dataset.x_train
+        return Lesson(_logits(model, x), self._features(model, x, raw=False))
 
     def _note_validation(self, teacher: Any) -> None:
         rows = self.dataset.rows_validation
@@ -452,11 +520,15 @@ class Experiment:
 
     def _train(self, situation: str, name: str, seed: int, model: Module, y: np.ndarray, lesson: Lesson | None) -> None:
         """Train a student, or a network on the way to it, with the settings of the student."""
+        self._fit(situation, name, seed, model, y, lesson, **self._as_a_student(model, lesson))
+
+    def _as_a_student(self, model: Module, lesson: Lesson | None) -> dict[str, Any]:
+        """How a student is trained, and what on."""
         s = self.settings
         taught = lesson is not None or isinstance(model, Peers)
         objective = self.objective if taught else _without_teacher(self.objective)
         how = {"epochs": s.epochs, "lr": s.lr, "max_norm": s.max_norm, "weight_decay": s.weight_decay}
-        self._fit(situation, name, seed, model, y, lesson, objective, shift=s.shift, **how)
+        return {**how, "objective": objective, "shift": s.shift}
 
     def _fit(
         self,
@@ -466,13 +538,9 @@ class Experiment:
         model: Module,
         y: np.ndarray,
         lesson: Lesson | None,
-        objective: Objective,
-        *,
-        shift: int,
         **how: Any,
     ) -> None:
         """Train a model, or take it from the checkpoints where it was trained before."""
-        s, data = self.settings, self.dataset
         key = ", ".join(filter(None, (f"seed {seed}", situation, name)))
         place = {"situation": situation, "model": name, "seed": seed}
         finished = None if self._checkpoints is None else self._checkpoints.finished(key)
@@ -492,12 +560,27 @@ class Experiment:
                 where = (situation, name, seed, e.epoch, e.epochs, e.step, e.steps)
                 self._on_progress(Progress(*where, e.loss, accuracy, self._trained(), self.trainings))
 
-        training = Training(
+        keeper = None if self._checkpoints is None else self._checkpoints.training(key)
+        how |= {"on_epoch": on_epoch, "on_step": self._on_step, "keeper": keeper}
+        training = self._training(seed, model, y, lesson, **how)
+        try:
+            training.run()
+        finally:
+            rows = [{**place, **figures} for figures in training.history]
+            self.history += rows
+        if self._checkpoints is not None:
+            self._checkpoints.finish(key, model.state_dict(), {"history": rows})
+
+    def _training(
+        self, seed: int, model: Module, y: np.ndarray, lesson: Lesson | None, *, shift: int, **how: Any
+    ) -> Training:
+        """The training of a model on the training part, before its first step."""
+        s, data = self.settings, self.dataset
+        return Training(
             model,
             data.x_train,
             y,
             lesson.logits if lesson else None,
-            objective=objective,
             teacher_features=lesson.features if lesson else None,
             batch_size=s.batch_size,
             optimizer=s.optimizer,
@@ -508,18 +591,8 @@ class Experiment:
             seed=seed,
             validation=(data.x_validation, data.y_validation),
             patience=s.patience,
-            on_epoch=on_epoch,
-            on_step=self._on_step,
-            keeper=None if self._checkpoints is None else self._checkpoints.training(key),
             **how,
         )
-        try:
-            training.run()
-        finally:
-            rows = [{**place, **figures} for figures in training.history]
-            self.history += rows
-        if self._checkpoints is not None:
-            self._checkpoints.finish(key, model.state_dict(), {"history": rows})
 
     def _trained(self) -> int:
         """Models that were trained so far."""

@@ -149,8 +149,8 @@ def _rows_of_logits(where: str, argument: str, value: Any) -> Any:
     return array
 
 
-def _look_like_probabilities(logits: Any) -> bool:
-    """Whether each of the first rows lies in [0, 1] and sums to 1."""
+def look_like_probabilities(logits: Any) -> bool:
+    """Whether each of the first rows of an array (n, c) with a row or more lies in [0, 1] and sums to 1."""
     if not 0 <= logits.item(0) <= 1 or logits.shape[1] < 2 or not 0 <= logits.item(1) <= 1:
         return False  # two numbers clear nearly all arrays
     rows = logits[:ROWS_TO_LOOK_AT]
@@ -164,7 +164,7 @@ def _warn_of_probabilities(where: str, *, levels: int = 3, **logits: Any) -> Non
     """
     names = ""
     for name, array in logits.items():
-        if _look_like_probabilities(plain(array)):
+        if look_like_probabilities(plain(array)):
             names += f" and {name}" if names else name
     if names:
         message = f"{where}: {names} look like probabilities where logits are expected."
@@ -481,7 +481,7 @@ def distillation_loss(
     inputs = (student_logits, teacher_logits, target, *scalars)
     known = recall(where, inputs, attrs, save)
     if known is not None:
-        if _look_like_probabilities(student_logits) or _look_like_probabilities(teacher_logits):
+        if look_like_probabilities(student_logits) or look_like_probabilities(teacher_logits):
             _warn_of_probabilities(where, student_logits=student_logits, teacher_logits=teacher_logits)
         return _result(*known.run(inputs, _gradient_out(where, grad_out, inputs)))
     student, teacher = (
@@ -642,7 +642,7 @@ def _divergence(
     inputs = (student_logits, teacher_logits, *rest)
     known = recall(where, inputs, attrs, save)
     if known is not None:
-        if _look_like_probabilities(student_logits) or _look_like_probabilities(teacher_logits):
+        if look_like_probabilities(student_logits) or look_like_probabilities(teacher_logits):
             _warn_of_probabilities(where, levels=4, student_logits=student_logits, teacher_logits=teacher_logits)
         return _result(*known.run(inputs, _gradient_out(where, grad_out, inputs)))
     student = _rows_of_logits(where, "student_logits", student_logits)

@@ -254,8 +254,10 @@ class Training:
 
     # --- the loop ---
 
-    def run(self) -> Training:
+    def run(self, epochs: int | None = None) -> Training:
         """Take the steps that are left, from the state that was kept if there is a keeper with one; returns self.
+
+        epochs : of these, take only so many; a later call goes on.
 
         Raises
         ------
@@ -265,20 +267,21 @@ class Training:
         if kept is not None:
             self.restore(*kept)
         self.model.train()
+        last = self.steps if epochs is None else min(self.steps, self.step + epochs * self.per_epoch)
         with blas_threads_for(self._batch_size * max(p.size for p in self.model.parameters())):
-            batches = self._batches()
-            while self.step < self.steps and not self.stopped_early:
+            batches = self._batches(self.step)
+            while self.step < last and not self.stopped_early:
                 self._run_epoch(batches)
-        if self._best is not None:
+        if self._best is not None and (self.step == self.steps or self.stopped_early):
             self._opt.arena.values[...] = self._best_values
         _warn_of_slow_steps(self._take)
         self.model.eval()
         return self
 
-    def _batches(self) -> Iterator[np.ndarray]:
-        """The batches from the present step on."""
+    def _batches(self, start: int) -> Iterator[np.ndarray]:
+        """The batches from this step on."""
         classes = self._data[1][self._rows] if self._sampling == "balanced" else None
-        return endless_batches(self._rows, self._batch_size, self._seed, self.step, classes)
+        return endless_batches(self._rows, self._batch_size, self._seed, start, classes)
 
     def _run_epoch(self, batches: Iterator[np.ndarray]) -> None:
         before = self.state()
@@ -363,13 +366,22 @@ class Training:
             return ()
         if self._meter is None:
             self._meter = TermMeter(self.model, self.objective, loss_of)
-        return self._meter.measure(self._present(), *self._batch(picked))
+        return self._meter.measure(self._present(), *self.batch(picked))
 
     def _present(self) -> list[float]:
         """The varying numbers of the step that was taken last."""
         return [float(column[0]) for column in self._numbers(max(0, self.step - 1), 1)[1:]]
 
-    def _batch(self, picked: np.ndarray) -> tuple[Any, ...]:
+    @property
+    def progress(self) -> float:
+        """Where schedules are, from 0 to 1: at the step that was taken last, or at the first."""
+        return max(0, self.step - 1) / max(1, self.steps - 1)
+
+    def first_rows(self) -> np.ndarray:
+        """The row numbers of the first batch."""
+        return next(self._batches(0))
+
+    def batch(self, picked: np.ndarray) -> tuple[Any, ...]:
         """Inputs, teacher's logits, targets and teacher's layers of these rows."""
         x, target, soft = self._data
         return x[picked], None if soft is None else soft[picked], target[picked], [h[picked] for h in self._hints]
@@ -433,7 +445,7 @@ class Training:
     def _diverged(self, before: Any, first: int) -> DivergenceError:
         """Take the epoch's steps again, one at a time, up to the one that spoils the weights, and say what it was."""
         self.restore(*before)
-        batches, rates = self._batches(), self._numbers(first, self.per_epoch - first % self.per_epoch)
+        batches, rates = self._batches(self.step), self._numbers(first, self.per_epoch - first % self.per_epoch)
         for k, picked in enumerate(itertools.islice(batches, len(rates[0]))):
             good = self.state()
             loss = float(self._take(picked, *(column[k, ...] for column in rates)))
@@ -457,7 +469,7 @@ class Training:
 
     def _culprit(self, picked: np.ndarray) -> str:
         """The first layer, input or term that is not finite on these rows, in words."""
-        inputs, soft, _, hints = batch = self._batch(picked)
+        inputs, soft, _, hints = batch = self.batch(picked)
         for name, array in (("the features", inputs), ("the teacher's logits", soft), *(("a hint", h) for h in hints)):
             if array is not None and (np.isnan(array) | (array == np.inf)).any():
                 row = int(picked[np.argwhere(~np.isfinite(array))[0, 0]])

@@ -46,6 +46,7 @@ LAYERS = {
     "checkpoints": 7,
     "settings": 7,
     "verdict": 7,
+    "weighing": 7,
     "distillation": 7,
     "metrics": 7,
     "export": 8,

@@ -162,6 +162,7 @@ STYLES = {
     "hurt": "bold red",
     "no clear difference": "bold",
     "not enough seeds": "bold yellow",
+    "warning": "bold yellow",
 }
 
 

@@ -60,7 +60,7 @@ class Teacher:
         if self.gives == PROBABILITIES:
             with np.errstate(divide="ignore"):  # log 0 = -inf is meant
                 scores = np.log(scores)
-        elif not self._seen and len(scores) and F._look_like_probabilities(scores):
+        elif not self._seen and len(scores) and F.look_like_probabilities(scores):
             fix = "say gives='probabilities' if they are, or pass the scores before softmax."
             warnings.warn(
                 f"{self._name}: the answers look like probabilities where logits are expected: {fix}",
