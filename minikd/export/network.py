@@ -100,7 +100,7 @@ class Network:
 
 def _layers(model: Any) -> tuple[Layer, ...]:
     parts: Sequence[Module] = _flat(model)
-    kinds = {kind: name for name, kind in ACTIVATION_LAYERS.items()}
+    kinds: dict[type, str] = {kind: name for name, kind in ACTIVATION_LAYERS.items()}
     found: list[Layer] = []
     for part in parts:
         if isinstance(part, Linear):
