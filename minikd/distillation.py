@@ -22,6 +22,7 @@ import numpy as np
 import minikd
 from minikd import functional as F
 from minikd import metrics
+from minikd.bias import correct_bias
 from minikd.data import Dataset, batches, load
 from minikd.errors import ArgumentError, ShapeError
 from minikd.kernels import BACKENDS, as_index, current_backend, use_backend
@@ -875,3 +876,6 @@ def distill(
     )
     experiment.run()
     return experiment.result()
+
+
+vars(distill)["correct_bias"] = correct_bias  # reachable as kd.distill.correct_bias too

@@ -39,6 +39,7 @@ LAYERS = {
     "objectives": 6,
     "teachers": 6,
     "store": 6,
+    "bias": 7,
     "terms": 7,
     "training": 7,
     "checkpoints": 7,
