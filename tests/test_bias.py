@@ -225,11 +225,23 @@ class Halved(Module):
         return 0.5 * self.layer(x)
 
 
+class Backwards(Module):
+    """A model that names its layers in another order than it runs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second, self.first = Linear(5, 4), Linear(6, 5)
+
+    def forward(self, x: Any) -> Any:
+        return self.second(self.first(x))
+
+
 @pytest.mark.parametrize(
     ("model", "says"),
     [
         (Sequential(Linear(6, 4), ReLU()), "do not follow the bias"),
         (Halved(), "do not follow the bias"),
+        (Backwards(), "4 scores, and a last Linear with 5"),
         (Sequential(Linear(6, 4, bias=False)), "without a bias"),
         (Sequential(ReLU()), "without any Linear"),
         (lambda x: x, "a Module of minikd.nn, got function"),
