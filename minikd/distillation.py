@@ -27,6 +27,7 @@ import minikd
 from minikd import functional as F
 from minikd import metrics
 from minikd.augmentation import Shift
+from minikd.bias import correct_bias
 from minikd.checkpoints import Checkpoints
 from minikd.data import Dataset, load
 from minikd.errors import ArgumentError, ShapeError
@@ -900,3 +901,6 @@ def distill(
     )
     experiment.run()
     return experiment.result()
+
+
+vars(distill)["correct_bias"] = correct_bias  # reachable as kd.distill.correct_bias too
