@@ -208,6 +208,11 @@ class Experiment:
         """Keep finished models and the training under way in a folder, and take up what is there already."""
         self._checkpoints = Checkpoints(folder, every=self.settings.checkpoint_every, run=self._fingerprint())
 
+    @property
+    def taken_up(self) -> int:
+        """Trainings that were finished before, in the folder of `keep_in`."""
+        return 0 if self._checkpoints is None else self._checkpoints.count()
+
     def forget_checkpoints(self) -> None:
         """Remove what `keep_in` kept; for a run that is complete."""
         if self._checkpoints is not None:
