@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--top-k", type=int, default=0)
     options = parser.parse_args()
-    teacher = kd.as_teacher(kd.nn.MLP(SIZES, seed=0))
+    teacher = kd.as_teacher(kd.nn.MLP(SIZES, seed=0).eval())
     with tempfile.TemporaryDirectory(dir=".") as folder, kd.threads(options.threads):
         x = rows_in_a_file(Path(folder, "x.npy"), options.rows)
         start = time.perf_counter()
