@@ -1,4 +1,4 @@
-"""A network in int8: scales and integers that stand for its numbers, and what they compute, in integers to the last bit.
+"""A network in int8: scales and integers that stand for its numbers, and what they compute, to the last bit.
 
 Weights are symmetric with a scale for each output: w ≈ s_w[j]·q with q from -127 to 127. Whatever flows between layers
 has one scale s and one zero point z: x ≈ s·(q - z) with q from -128 to 127, so real 0 is exact. A layer computes
@@ -110,7 +110,7 @@ class QuantisedLayer:
 
     @property
     def largest_accumulator(self) -> int:
-        """max_j |folded_bias[j]| + 128·Σ_k |weight[j, k]|: no sum on the way is larger, whatever the inputs and order."""
+        """max_j |folded_bias[j]| + 128·Σ_k |weight[j, k]|: no sum on the way is larger, in any order."""
         sizes = abs(self.weight.astype(np.int64)).sum(axis=1)
         return int((abs(self.folded_bias) - LOWEST * sizes).max())
 
@@ -214,7 +214,7 @@ def fixed_point(ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     A ratio below 2^-32 has fewer bits, since 62 is the greatest shift: it takes any accumulator to 0. One from 2^30 on
     becomes nearly 2^30, which takes any accumulator but 0 beyond int8.
     """
-    fraction, exponent = np.frexp(ratio)
+    exponent = np.frexp(ratio)[1]
     shift = np.clip(31 - exponent, LEAST_SHIFT, GREATEST_SHIFT)
     multiplier = np.rint(np.ldexp(np.minimum(ratio, 2.0**31), shift))
     carried = (multiplier == 2**31) & (shift > LEAST_SHIFT)  # 0.99… was rounded to 1
