@@ -15,8 +15,8 @@ Source: Jacob et al. 2018, sec. 2 (the integers' arithmetic); Krishnamoorthi 201
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,9 +37,8 @@ LARGEST_BIAS = 2**30  # of the bias in int32; the scale of weights that are smal
 LEAST_SCALE = 2.0**-60  # so that products of two scales are normal float32 numbers
 LEAST_SHIFT, GREATEST_SHIFT = 1, 62
 
-# Beyond these inputs an activation moves by less than about half a step of its int8 result.
+# Beyond these inputs an activation moves by less than about half a step of its int8 result. All in a table are here.
 BENDS = {"tanh": (-3.2, 3.2), "sigmoid": (-6.3, 6.3), "gelu": (-3.5, np.inf)}
-_CURVES: dict[str, Callable[[np.ndarray], Any]] = {"tanh": F.tanh, "sigmoid": F.sigmoid, "gelu": F.gelu}
 
 
 class Affine(NamedTuple):
@@ -167,6 +166,17 @@ class Quantised:
                 expected = "one whose sums stay below 2^31 in size for all int8 inputs"
                 raise ArgumentError("quantise", f"layer {number}", expected=expected, got=f"up to {largest}", fix=fix)
 
+    def with_weights(self, network: Network) -> Quantised:
+        """Another network of the same sizes and activations, written with the ranges of this one."""
+        ranges = [(layer.product, layer.output) for layer in self.layers]
+        return replace(self, layers=_layers(network, self.input, ranges))
+
+    def measured(self, network: Network, rows: np.ndarray) -> Quantised:
+        """The same with its divergence from the float network on these normalised rows (n, k)."""
+        truth = _flows(network, rows)[-1].product
+        scores = self.output.dequantise(self.integers(self.input.quantise(rows)))
+        return replace(self, divergence=metrics.kl_to_teacher(scores, truth))
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """Features, hidden layers, classes."""
@@ -241,8 +251,10 @@ def normalised(x: Any, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
 # --- from a network to integers ---
 
 
-def quantise(network: Network, x: Any, *, calibration: str = "best", percentile: float = 99.9) -> Quantised:
-    """The network in int8, with the ranges of what flows through it taken from rows of raw features.
+def quantise(
+    network: Network, x: Any, *, calibration: str = "best", percentile: float = 99.9, on_scale: bool = False
+) -> Quantised:
+    """The network in int8, with the ranges of what flows through it taken from rows of features.
 
     Parameters
     ----------
@@ -253,6 +265,7 @@ def quantise(network: Network, x: Any, *, calibration: str = "best", percentile:
         percentiles on three quarters of the rows and takes the one whose logits have the smallest KL divergence from
         those of the float network, on the other rows. Logits always keep their whole range: cutting it makes ties.
     percentile : of "percentile", from 50 to 100.
+    on_scale : whether x was normalised already, as the rows of a `Dataset` are.
 
     Raises
     ------
@@ -264,25 +277,31 @@ def quantise(network: Network, x: Any, *, calibration: str = "best", percentile:
         raise ArgumentError("quantise", "calibration", expected=expected, got=repr(calibration))
     if not 50 <= percentile <= 100:
         raise ArgumentError("quantise", "percentile", expected="from 50 to 100", got=repr(percentile))
-    rows = normalised(x, network.mean, network.deviation)
+    plain = np.zeros_like(network.mean), np.ones_like(network.deviation)
+    rows = normalised(x, *(plain if on_scale else (network.mean, network.deviation)))
     if not len(rows):
         raise ShapeError("quantise", "x", expected="a row of features at least", got="none")
     shares = {"min-max": (100.0,), "percentile": (percentile,), "best": (100.0, *PERCENTILES)}[calibration]
-    measured = np.arange(len(rows)) % HELD_BACK == HELD_BACK - 1
-    if calibration != "best" or not measured.any():
-        seen = judged = rows
-    else:
-        seen, judged = rows[~measured], rows[measured]
-    flows, truth = _flows(network, seen), _flows(network, judged)[-1].product
+    judged = np.arange(len(rows)) % HELD_BACK == HELD_BACK - 1
+    if calibration != "best" or not judged.any():
+        return _best(network, rows, rows, shares)
+    return _best(network, rows[~judged], rows[judged], shares)
+
+
+def _best(network: Network, seen: np.ndarray, judged: np.ndarray, shares: Sequence[float]) -> Quantised:
+    """The network with the ranges of `seen` rows, of those shares of them the one that does best on `judged` rows."""
+    flows = _flows(network, seen)
     found: list[Quantised] = []
     for share in shares:
-        candidate = _quantised(network, seen, flows, share)
-        scores = candidate.output.dequantise(candidate.integers(candidate.input.quantise(judged)))
-        divergence = metrics.kl_to_teacher(scores, truth)
-        found.append(_with_figures(candidate, _name(share), divergence))
+        layers = _layers(network, *_ranges(network, seen, flows, share))
+        candidate = Quantised(layers, network.mean, network.deviation, network.class_names, _name(share))
+        found.append(candidate.measured(network, judged))
     best = min(found, key=lambda candidate: candidate.divergence)
-    tried = tuple((candidate.calibration, candidate.divergence) for candidate in found)
-    return Quantised(best.layers, best.mean, best.deviation, best.class_names, best.calibration, best.divergence, tried)
+    return replace(best, tried=tuple((candidate.calibration, candidate.divergence) for candidate in found))
+
+
+def _name(share: float) -> str:
+    return "min-max" if share == 100 else f"percentile {share:g}"
 
 
 class _Flow(NamedTuple):
@@ -296,35 +315,16 @@ def _flows(network: Network, rows: np.ndarray) -> list[_Flow]:
     """What every layer makes of normalised rows; ArgumentError where that is not finite."""
     found: list[_Flow] = []
     for number, layer in enumerate(network.layers):
-        product = np.asarray(F.linear(rows, layer.weight, layer.bias))
-        rows = product if not layer.activation else np.asarray(getattr(F, layer.activation)(product))
+        with np.errstate(over="ignore", invalid="ignore"):
+            product = np.asarray(F.linear(rows, layer.weight, layer.bias))
         if not np.isfinite(product).all():
             fix = "Look for NaN and infinity in the features, and for weights that have diverged."
             expected = "finite for all rows of the calibration"
-            raise ArgumentError(
-                "quantise", f"the output of layer {number}", expected=expected, got="NaN or inf", fix=fix
-            )
+            got = "NaN or infinity"
+            raise ArgumentError("quantise", f"the output of layer {number}", expected=expected, got=got, fix=fix)
+        rows = np.asarray(getattr(F, layer.activation)(product)) if layer.activation else product
         found.append(_Flow(product, rows))
     return found
-
-
-def _name(share: float) -> str:
-    return "min-max" if share == 100 else f"percentile {share:g}"
-
-
-def _with_figures(q: Quantised, calibration: str, divergence: float) -> Quantised:
-    return Quantised(q.layers, q.mean, q.deviation, q.class_names, calibration, divergence)
-
-
-def _quantised(network: Network, rows: np.ndarray, flows: Sequence[_Flow], share: float) -> Quantised:
-    """The network with ranges that hold this share of what was seen, in per cent."""
-    layers: list[QuantisedLayer] = []
-    source = Affine.of(*_range(rows, share))
-    for layer, flow in zip(network.layers, flows, strict=True):
-        last = len(layers) == len(network.layers) - 1
-        layers.append(_layer(layer, source, flow, 100.0 if last else share))
-        source = layers[-1].output
-    return Quantised(tuple(layers), network.mean, network.deviation, network.class_names)
 
 
 def _range(values: np.ndarray, share: float) -> tuple[float, float]:
@@ -335,17 +335,32 @@ def _range(values: np.ndarray, share: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _layer(layer: Layer, source: Affine, flow: _Flow, share: float) -> QuantisedLayer:
-    """A layer whose inputs are written as `source`, with the ranges of what it gave."""
-    table, curve = None, _CURVES.get(layer.activation)
-    if curve is None:
-        product = output = Affine.of(*_range(flow.result, share))
-    else:
-        low, high = _range(flow.product, share)
-        least, most = BENDS[layer.activation]
-        product, output = Affine.of(max(low, least), min(high, most)), Affine.of(*_range(flow.result, share))
-        every = np.arange(LOWEST, HIGHEST + 1)
-        table = output.quantise(curve(product.scale * (every - product.zero).astype(np.float64)))
+def _ranges(
+    network: Network, rows: np.ndarray, flows: Sequence[_Flow], share: float
+) -> tuple[Affine, list[tuple[Affine, Affine]]]:
+    """How inputs are written, and of each layer the product and the result, with this share of what was seen."""
+    found: list[tuple[Affine, Affine]] = []
+    for layer, flow in zip(network.layers, flows, strict=True):
+        of_layer = share if layer.activation else 100.0
+        product = output = Affine.of(*_range(flow.result, of_layer))
+        if layer.activation in BENDS:
+            low, high = _range(flow.product, of_layer)
+            least, most = BENDS[layer.activation]
+            product = Affine.of(max(low, least), min(high, most))
+        found.append((product, output))
+    return Affine.of(*_range(rows, share)), found
+
+
+def _layers(network: Network, source: Affine, ranges: Sequence[tuple[Affine, Affine]]) -> tuple[QuantisedLayer, ...]:
+    """The layers in integers, where inputs, products and results are written as these say."""
+    found: list[QuantisedLayer] = []
+    for layer, (product, output) in zip(network.layers, ranges, strict=True):
+        found.append(_layer(layer, source, product, output))
+        source = output
+    return tuple(found)
+
+
+def _layer(layer: Layer, source: Affine, product: Affine, output: Affine) -> QuantisedLayer:
     weight_scale = _weight_scale(layer, source)
     steps = source.scale * weight_scale.astype(np.float64)
     multiplier, shift = fixed_point(steps / product.scale)
@@ -358,9 +373,17 @@ def _layer(layer: Layer, source: Affine, flow: _Flow, share: float) -> Quantised
         product=product,
         multiplier=multiplier,
         shift=shift,
-        table=table,
+        table=_table(layer.activation, product, output),
         output=output,
     )
+
+
+def _table(activation: str, product: Affine, output: Affine) -> np.ndarray | None:
+    """The result of each product from -128 to 127, (256,) int8; None for activations that need none."""
+    if activation not in BENDS:
+        return None
+    every = product.scale * (np.arange(LOWEST, HIGHEST + 1) - product.zero).astype(np.float64)
+    return output.quantise(getattr(F, activation)(every))
 
 
 def _weight_scale(layer: Layer, source: Affine) -> np.ndarray:
