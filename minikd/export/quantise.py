@@ -15,6 +15,7 @@ Source: Jacob et al. 2018, sec. 2 (the integers' arithmetic); Krishnamoorthi 201
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -29,11 +30,12 @@ from minikd.export.network import Layer, Network
 __all__ = ["CALIBRATIONS", "Affine", "Quantised", "QuantisedLayer", "quantise"]
 
 CALIBRATIONS = ("min-max", "percentile", "best")
+WHOLE = 100.0
 PERCENTILES = (99.99, 99.9, 99.5, 99.0)  # that "best" tries beside the whole range
 HELD_BACK = 4  # every fourth row measures what "best" tries
 LOWEST, HIGHEST = -128, 127
 LARGEST_WEIGHT = 127
-LARGEST_BIAS = 2**30  # of the bias in int32; the scale of weights that are small beside it gives way
+LARGEST_BIAS = 2**30  # steps of a bias, or a few more; the scale of weights that are small beside it gives way
 LEAST_SCALE = 2.0**-60  # so that products of two scales are normal float32 numbers
 LEAST_SHIFT, GREATEST_SHIFT = 1, 62
 
@@ -135,7 +137,7 @@ class Quantised:
     layers : one at least; each takes what the one before puts out.
     mean, deviation : (k,) float32, of raw features, which are brought to one scale before they become int8.
     class_names : one for each logit.
-    calibration : where the ranges are from: "min-max", or a percentile such as "percentile 99.9".
+    calibration : where the ranges are from: "min-max", "percentile 99.9", "percentile 99.9, logits min-max".
     divergence : KL(float network ‖ this) in nats, the mean over the rows it was measured on.
     tried : the calibrations that were compared, each with its divergence.
 
@@ -262,8 +264,8 @@ def quantise(
     x : (n, k) raw features like those it will meet, such as some hundred rows of the training part.
     calibration : "min-max" takes the whole range that was seen. "percentile" leaves out what lies beyond the
         percentile and its mirror, which may cost outliers and makes steps finer. "best" tries min-max and several
-        percentiles on three quarters of the rows and takes the one whose logits have the smallest KL divergence from
-        those of the float network, on the other rows. Logits always keep their whole range: cutting it makes ties.
+        percentiles on three quarters of the rows, for the logits and for all before them in every combination, and
+        takes the one whose logits have the smallest KL divergence from those of the float network, on the other rows.
     percentile : of "percentile", from 50 to 100.
     on_scale : whether x was normalised already, as the rows of a `Dataset` are.
 
@@ -281,7 +283,7 @@ def quantise(
     rows = normalised(x, *(plain if on_scale else (network.mean, network.deviation)))
     if not len(rows):
         raise ShapeError("quantise", "x", expected="a row of features at least", got="none")
-    shares = {"min-max": (100.0,), "percentile": (percentile,), "best": (100.0, *PERCENTILES)}[calibration]
+    shares = {"min-max": (WHOLE,), "percentile": (percentile,), "best": (WHOLE, *PERCENTILES)}[calibration]
     judged = np.arange(len(rows)) % HELD_BACK == HELD_BACK - 1
     if calibration != "best" or not judged.any():
         return _best(network, rows, rows, shares)
@@ -291,17 +293,20 @@ def quantise(
 def _best(network: Network, seen: np.ndarray, judged: np.ndarray, shares: Sequence[float]) -> Quantised:
     """The network with the ranges of `seen` rows, of those shares of them the one that does best on `judged` rows."""
     flows = _flows(network, seen)
+    ranges = {share: _ranges(network, seen, flows, share) for share in shares}
     found: list[Quantised] = []
-    for share in shares:
-        layers = _layers(network, *_ranges(network, seen, flows, share))
-        candidate = Quantised(layers, network.mean, network.deviation, network.class_names, _name(share))
+    for share, of_logits in itertools.product(shares, shares):
+        source, written = ranges[share]
+        layers = _layers(network, source, [*written[:-1], ranges[of_logits][1][-1]])
+        name = _name(share) + ("" if of_logits == share else f", logits {_name(of_logits)}")
+        candidate = Quantised(layers, network.mean, network.deviation, network.class_names, name)
         found.append(candidate.measured(network, judged))
     best = min(found, key=lambda candidate: candidate.divergence)
     return replace(best, tried=tuple((candidate.calibration, candidate.divergence) for candidate in found))
 
 
 def _name(share: float) -> str:
-    return "min-max" if share == 100 else f"percentile {share:g}"
+    return "min-max" if share == WHOLE else f"percentile {share:g}"
 
 
 class _Flow(NamedTuple):
@@ -329,7 +334,7 @@ def _flows(network: Network, rows: np.ndarray) -> list[_Flow]:
 
 def _range(values: np.ndarray, share: float) -> tuple[float, float]:
     """Between which numbers this share of the values lies, in per cent: from its mirror to that percentile."""
-    if share == 100:
+    if share == WHOLE:
         return float(values.min()), float(values.max())
     low, high = np.percentile(values, [100 - share, share])
     return float(low), float(high)
@@ -341,10 +346,9 @@ def _ranges(
     """How inputs are written, and of each layer the product and the result, with this share of what was seen."""
     found: list[tuple[Affine, Affine]] = []
     for layer, flow in zip(network.layers, flows, strict=True):
-        of_layer = share if layer.activation else 100.0
-        product = output = Affine.of(*_range(flow.result, of_layer))
+        product = output = Affine.of(*_range(flow.result, share))
         if layer.activation in BENDS:
-            low, high = _range(flow.product, of_layer)
+            low, high = _range(flow.product, share)
             least, most = BENDS[layer.activation]
             product = Affine.of(max(low, least), min(high, most))
         found.append((product, output))
