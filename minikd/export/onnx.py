@@ -1,0 +1,150 @@
+"""Networks in ONNX files: raw features in, logits, probabilities and a label out.
+
+Source: the operators and the format of the ONNX project, opsets 13 and 17.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import minikd
+from minikd.errors import ArgumentError
+from minikd.export.network import Layer, Network
+from minikd.nn import Module
+from minikd.safetensors import write_whole
+from minikd.teachers.teacher import library
+
+__all__ = ["CLASS_NAMES", "OUTPUTS", "to_onnx"]
+
+# Opset → version of the format: the oldest that knows it, so that old programs read the file too.
+OPSETS = {13: 7, 17: 8}
+INPUT, OUTPUTS = "features", ("logits", "probabilities", "label")
+CLASS_NAMES = "class_names"  # the metadata's key for a JSON list of texts
+OPERATORS = {"relu": "Relu", "tanh": "Tanh", "sigmoid": "Sigmoid"}
+# Weights that take in the scale are rounded as if features were |mean| / deviation times larger: three bits at most.
+FURTHEST_MEAN = 8.0
+LARGEST = 2**31 - 2**16  # bytes of weights: a protocol buffer ends at 2 GiB
+
+
+def to_onnx(source: Module | Network, path: str | os.PathLike[str], *, opset: int = 13) -> None:
+    """Write a model as one ONNX file; the same model gives the same bytes.
+
+    Input `features` (n, k) float32, raw, for any n. Outputs `logits` (n, c) and `probabilities` (n, c) float32 and
+    `label` (n,) int64, the first of the most probable classes. The scale of the features is folded into the first
+    layer, or stands before it as Sub and Div where a mean is more than 8 deviations from 0, which float32 weights
+    would not hold well. The names of the classes are in the metadata, as a JSON list under `class_names`.
+
+    Parameters
+    ----------
+    source : a model (an MLP, or a Sequential of Linear layers and activations), or a Network.
+    opset : 13, in version 7 of the format, or 17, in version 8.
+
+    Raises
+    ------
+    ArgumentError : another opset; a model of other parts; weights of 2 GiB or more.
+    BackendError : the package onnx is not installed.  OutputError : the file cannot be written.
+    """
+    if opset not in OPSETS:
+        expected = " or ".join(str(k) for k in OPSETS)
+        raise ArgumentError("to_onnx", "opset", expected=expected, got=repr(opset))
+    network = source if isinstance(source, Network) else Network.of(source)
+    size = 4 * network.multiply_adds
+    if size > LARGEST:
+        raise ArgumentError("to_onnx", "source", expected="a model below 2 GiB", got=f"{size / 2**30:.1f} GiB")
+    graph = Graph()
+    _logits(graph, network)
+    write_whole(Path(path), graph.model(network, opset).SerializeToString(deterministic=True))
+
+
+class Graph:
+    """A graph that grows node by node; every value is named by the node's output."""
+
+    def __init__(self) -> None:
+        self.onnx = library("onnx", "onnx", "to_onnx")
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+
+    def add(self, operator: str, inputs: tuple[str, ...], output: str, **attributes: Any) -> str:
+        """One node; returns its output's name."""
+        self.nodes.append(self.onnx.helper.make_node(operator, inputs, [output], name=f"{output}:{operator}", **attributes))
+        return output
+
+    def constant(self, name: str, values: Any, dtype: Any = np.float32) -> str:
+        """A tensor that is part of the model; returns its name."""
+        array = np.ascontiguousarray(values, dtype).reshape(np.shape(values))
+        self.constants.append(self.onnx.numpy_helper.from_array(array, name))
+        return name
+
+    def model(self, network: Network, opset: int) -> Any:
+        """The ModelProto: these nodes, which put out "logits", and what follows from the logits."""
+        logits, probabilities, label = OUTPUTS
+        self.add("Softmax", (logits,), probabilities, axis=1)
+        self.add("ArgMax", (logits,), label, axis=1, keepdims=0)
+        helper, kinds = self.onnx.helper, self.onnx.TensorProto
+        rows, features, classes = "n", network.sizes[0], network.sizes[-1]
+        value = helper.make_tensor_value_info
+        inputs = [value(INPUT, kinds.FLOAT, [rows, features])]
+        outputs = [value(name, kinds.FLOAT, [rows, classes]) for name in (logits, probabilities)]
+        outputs.append(value(label, kinds.INT64, [rows]))
+        graph = helper.make_graph(self.nodes, "minikd", inputs, outputs, initializer=self.constants)
+        model = helper.make_model(
+            graph,
+            ir_version=OPSETS[opset],
+            opset_imports=[helper.make_opsetid("", opset)],
+            producer_name="minikd",
+            producer_version=minikd.__version__,
+        )
+        helper.set_model_props(model, {CLASS_NAMES: json.dumps(network.class_names)})
+        return model
+
+
+def _logits(graph: Graph, network: Network) -> None:
+    """The nodes from "features" to "logits" in float32."""
+    x = INPUT
+    if _folds_well(network):
+        network = network.folded()
+    else:
+        x = normalised(graph, x, network)
+    for k, layer in enumerate(network.layers):
+        last = k == len(network.layers) - 1
+        x = _product(graph, x, layer, f"layer{k}", OUTPUTS[0] if last else f"layer{k}")
+        if layer.activation:
+            x = activated(graph, x, layer.activation)
+
+
+def _folds_well(network: Network) -> bool:
+    """Whether float32 weights can take in the scale: no mean is far from 0, and no quotient overflows."""
+    near = (abs(network.mean) <= FURTHEST_MEAN * network.deviation).all()
+    largest = np.abs(network.layers[0].weight).max() / network.deviation.astype(np.float64).min()
+    return bool(near and largest < np.finfo(np.float32).max)
+
+
+def normalised(graph: Graph, x: str, network: Network) -> str:
+    """(x - mean) / deviation, as predictions compute it."""
+    centred = graph.add("Sub", (x, graph.constant("mean", network.mean)), "centred")
+    return graph.add("Div", (centred, graph.constant("deviation", network.deviation)), "normalised")
+
+
+def _product(graph: Graph, x: str, layer: Layer, name: str, output: str) -> str:
+    weight, bias = graph.constant(f"{name}.weight", layer.weight), graph.constant(f"{name}.bias", layer.bias)
+    return graph.add("Gemm", (x, weight, bias), output, transB=1)
+
+
+def activated(graph: Graph, x: str, activation: str) -> str:
+    """An activation after the value x."""
+    output = f"{x}.{activation}"
+    if activation in OPERATORS:
+        return graph.add(OPERATORS[activation], (x,), output)
+    # x·Φ(x) = x · (1 + erf(x / √2)) · ½: the operator Gelu came with opset 20.
+    root, one, half = (f"{output}.{part}" for part in ("root", "one", "half"))
+    scaled = graph.add("Div", (x, graph.constant(root, math.sqrt(2))), f"{output}.scaled")
+    error = graph.add("Erf", (scaled,), f"{output}.erf")
+    twice = graph.add("Add", (error, graph.constant(one, 1)), f"{output}.twice")
+    product = graph.add("Mul", (x, twice), f"{output}.product")
+    return graph.add("Mul", (product, graph.constant(half, 0.5)), output)
