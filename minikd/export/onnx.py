@@ -1,5 +1,8 @@
 """Networks in ONNX files: raw features in, logits, probabilities and a label out.
 
+An int8 network is written in the form that runtimes recognise: every tensor that it holds as int8 goes through
+QuantizeLinear and DequantizeLinear, with operators of float32 in between, which they then compute in integers.
+
 Source: the operators and the format of the ONNX project, opsets 13 and 17.
 """
 
@@ -16,6 +19,7 @@ import numpy as np
 import minikd
 from minikd.errors import ArgumentError
 from minikd.export.network import Layer, Network
+from minikd.export.quantise import Affine, Quantised, QuantisedLayer
 from minikd.nn import Module
 from minikd.safetensors import write_whole
 from minikd.teachers.teacher import library
@@ -32,7 +36,7 @@ FURTHEST_MEAN = 8.0
 LARGEST = 2**31 - 2**16  # bytes of weights: a protocol buffer ends at 2 GiB
 
 
-def to_onnx(source: Module | Network, path: str | os.PathLike[str], *, opset: int = 13) -> None:
+def to_onnx(source: Module | Network | Quantised, path: str | os.PathLike[str], *, opset: int = 13) -> None:
     """Write a model as one ONNX file; the same model gives the same bytes.
 
     Input `features` (n, k) float32, raw, for any n. Outputs `logits` (n, c) and `probabilities` (n, c) float32 and
@@ -42,7 +46,8 @@ def to_onnx(source: Module | Network, path: str | os.PathLike[str], *, opset: in
 
     Parameters
     ----------
-    source : a model (an MLP, or a Sequential of Linear layers and activations), or a Network.
+    source : a model (an MLP, or a Sequential of Linear layers and activations), a Network, or one in int8, whose
+        scale always stands before the first layer.
     opset : 13, in version 7 of the format, or 17, in version 8.
 
     Raises
@@ -53,16 +58,19 @@ def to_onnx(source: Module | Network, path: str | os.PathLike[str], *, opset: in
     if opset not in OPSETS:
         expected = " or ".join(str(k) for k in OPSETS)
         raise ArgumentError("to_onnx", "opset", expected=expected, got=repr(opset))
-    network = source if isinstance(source, Network) else Network.of(source)
-    size = 4 * network.multiply_adds
+    network = Network.of(source) if isinstance(source, Module) else source
+    size = sum(layer.weight.nbytes for layer in network.layers)
     if size > LARGEST:
         raise ArgumentError("to_onnx", "source", expected="a model below 2 GiB", got=f"{size / 2**30:.1f} GiB")
-    graph = Graph()
-    _logits(graph, network)
+    graph = _Graph()
+    if isinstance(network, Quantised):
+        _quantised_logits(graph, network)
+    else:
+        _logits(graph, network)
     write_whole(Path(path), graph.model(network, opset).SerializeToString(deterministic=True))
 
 
-class Graph:
+class _Graph:
     """A graph that grows node by node; every value is named by the node's output."""
 
     def __init__(self) -> None:
@@ -72,7 +80,9 @@ class Graph:
 
     def add(self, operator: str, inputs: tuple[str, ...], output: str, **attributes: Any) -> str:
         """One node; returns its output's name."""
-        self.nodes.append(self.onnx.helper.make_node(operator, inputs, [output], name=f"{output}:{operator}", **attributes))
+        self.nodes.append(
+            self.onnx.helper.make_node(operator, inputs, [output], name=f"{output}:{operator}", **attributes)
+        )
         return output
 
     def constant(self, name: str, values: Any, dtype: Any = np.float32) -> str:
@@ -81,7 +91,7 @@ class Graph:
         self.constants.append(self.onnx.numpy_helper.from_array(array, name))
         return name
 
-    def model(self, network: Network, opset: int) -> Any:
+    def model(self, network: Network | Quantised, opset: int) -> Any:
         """The ModelProto: these nodes, which put out "logits", and what follows from the logits."""
         logits, probabilities, label = OUTPUTS
         self.add("Softmax", (logits,), probabilities, axis=1)
@@ -104,18 +114,18 @@ class Graph:
         return model
 
 
-def _logits(graph: Graph, network: Network) -> None:
+def _logits(graph: _Graph, network: Network) -> None:
     """The nodes from "features" to "logits" in float32."""
     x = INPUT
     if _folds_well(network):
         network = network.folded()
     else:
-        x = normalised(graph, x, network)
+        x = _normalised(graph, x, network)
     for k, layer in enumerate(network.layers):
         last = k == len(network.layers) - 1
         x = _product(graph, x, layer, f"layer{k}", OUTPUTS[0] if last else f"layer{k}")
         if layer.activation:
-            x = activated(graph, x, layer.activation)
+            x = _activated(graph, x, layer.activation)
 
 
 def _folds_well(network: Network) -> bool:
@@ -125,18 +135,18 @@ def _folds_well(network: Network) -> bool:
     return bool(near and largest < np.finfo(np.float32).max)
 
 
-def normalised(graph: Graph, x: str, network: Network) -> str:
+def _normalised(graph: _Graph, x: str, network: Network | Quantised) -> str:
     """(x - mean) / deviation, as predictions compute it."""
     centred = graph.add("Sub", (x, graph.constant("mean", network.mean)), "centred")
     return graph.add("Div", (centred, graph.constant("deviation", network.deviation)), "normalised")
 
 
-def _product(graph: Graph, x: str, layer: Layer, name: str, output: str) -> str:
+def _product(graph: _Graph, x: str, layer: Layer, name: str, output: str) -> str:
     weight, bias = graph.constant(f"{name}.weight", layer.weight), graph.constant(f"{name}.bias", layer.bias)
     return graph.add("Gemm", (x, weight, bias), output, transB=1)
 
 
-def activated(graph: Graph, x: str, activation: str) -> str:
+def _activated(graph: _Graph, x: str, activation: str) -> str:
     """An activation after the value x."""
     output = f"{x}.{activation}"
     if activation in OPERATORS:
@@ -148,3 +158,45 @@ def activated(graph: Graph, x: str, activation: str) -> str:
     twice = graph.add("Add", (error, graph.constant(one, 1)), f"{output}.twice")
     product = graph.add("Mul", (x, twice), f"{output}.product")
     return graph.add("Mul", (product, graph.constant(half, 0.5)), output)
+
+
+# --- int8 ---
+
+
+def _quantised_logits(graph: _Graph, network: Quantised) -> None:
+    """The nodes from "features" to "logits" in int8."""
+    x = INPUT
+    if network.mean.any() or (network.deviation != 1).any():
+        x = _normalised(graph, x, network)
+    x = _in_int8(graph, x, network.input, "layer0.input")
+    for k, layer in enumerate(network.layers):
+        last = k == len(network.layers) - 1
+        x = _quantised_layer(graph, x, layer, f"layer{k}", OUTPUTS[0] if last else f"layer{k}.output")
+
+
+def _quantised_layer(graph: _Graph, x: str, layer: QuantisedLayer, name: str, output: str) -> str:
+    """A product of int8 tensors and its activation: ReLU as part of the product, others from int8 to int8."""
+    steps = np.float32(layer.input.scale) * layer.weight_scale
+    weight = _of_integers(graph, f"{name}.weight", layer.weight, layer.weight_scale)
+    bias = _of_integers(graph, f"{name}.bias", layer.bias, steps)
+    x = graph.add("Gemm", (x, weight, bias), f"{name}.sum", transB=1)
+    if layer.activation == "relu":
+        x = _activated(graph, x, layer.activation)
+    if layer.table is None:
+        return _in_int8(graph, x, layer.output, output)
+    x = _in_int8(graph, x, layer.product, f"{name}.product")
+    return _in_int8(graph, _activated(graph, x, layer.activation), layer.output, output)
+
+
+def _of_integers(graph: _Graph, name: str, values: np.ndarray, scale: np.ndarray) -> str:
+    """A tensor held in integers, with a scale for each of its first axis."""
+    integers = graph.constant(f"{name}.integers", values, values.dtype)
+    return graph.add("DequantizeLinear", (integers, graph.constant(f"{name}.scale", scale)), name, axis=0)
+
+
+def _in_int8(graph: _Graph, x: str, form: Affine, output: str) -> str:
+    """What of a value x survives in int8."""
+    scale = graph.constant(f"{output}.scale", form.scale)
+    zero = graph.constant(f"{output}.zero", form.zero, np.int8)
+    integers = graph.add("QuantizeLinear", (x, scale, zero), f"{output}.integers")
+    return graph.add("DequantizeLinear", (integers, scale, zero), output)
