@@ -1,7 +1,7 @@
 """Networks in ONNX files: raw features in, logits, probabilities and a label out.
 
-An int8 network is written in the form that runtimes recognise: every tensor that it holds as int8 goes through
-QuantizeLinear and DequantizeLinear, with operators of float32 in between, which they then compute in integers.
+An int8 network is written in the form called QDQ: whatever it holds as int8 goes through QuantizeLinear and
+DequantizeLinear, with operators of float32 in between, so the file says the same on every runtime.
 
 Source: the operators and the format of the ONNX project, opsets 13 and 17.
 """
@@ -189,7 +189,11 @@ def _quantised_layer(graph: _Graph, x: str, layer: QuantisedLayer, name: str, ou
 
 
 def _of_integers(graph: _Graph, name: str, values: np.ndarray, scale: np.ndarray) -> str:
-    """A tensor held in integers, with a scale for each of its first axis."""
+    """A tensor held in integers, with a scale for each of its first axis.
+
+    Zero points of 0 are left out: beside weights that have them, onnxruntime computes products of int8 as uint8 times
+    int8, and its manual warns that those sums saturate on x86 processors without VNNI.
+    """
     integers = graph.constant(f"{name}.integers", values, values.dtype)
     return graph.add("DequantizeLinear", (integers, graph.constant(f"{name}.scale", scale)), name, axis=0)
 

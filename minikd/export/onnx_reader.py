@@ -94,7 +94,9 @@ class _Reader:
         self.input = inputs[0]
 
     def refuse(self, part: str, expected: str, got: str, fix: str = "") -> NoReturn:
-        raise ModelFormatError("from_onnx", f"{self.path}: {part}", expected=expected, got=got[:300], fix=fix)
+        raise ModelFormatError(
+            "from_onnx", f"{self.path}: {part}", expected=expected, got=got[:300].rstrip(". \n"), fix=fix
+        )
 
     def refuse_node(self, node: Any, expected: str, got: str = "") -> NoReturn:
         name = node.name or (node.output[0] if node.output else "")
