@@ -451,6 +451,7 @@ def test_constants_may_be_nodes_and_numbers_of_other_precisions() -> None:
         ((("Mul", None, F32(-1)), FIRST), "factors above 0"),
         ((("Sub", F32(1), None), FIRST), "factors above 0"),
         ((("Sub", None, np.zeros(5, F32)), FIRST), "numbers for 6 features, got 5"),
+        ((("Sub", None, np.zeros(6, F32)), ("Div", None, np.ones(5, F32)), FIRST), "'n1' must be with as many numbers"),
         ((("Sub", None, np.zeros((6, 1), F32)), FIRST), "'n0' must be with a constant for all rows"),
         ((FIRST, ("Softmax", None, {"axis": 0})), "'n1' must be along the classes"),
         ((FIRST, ("ArgMax", None, {})), "'n1' must be along the classes"),

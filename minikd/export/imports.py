@@ -20,7 +20,7 @@ __all__ = ["from_pytorch", "from_scikit_learn"]
 # --- scikit-learn ---
 
 SKLEARN_ACTIVATIONS = {"relu": "relu", "tanh": "tanh", "logistic": "sigmoid", "identity": NO_ACTIVATION}
-# Scaler → the factor and the offset of what it does to features; None stands for 1 and 0.
+# Scaler → the factor and the offset of what it does to features.
 SCALERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "StandardScaler": lambda s: _centred(s.mean_ if s.with_mean else None, s.scale_ if s.with_std else None),
     "RobustScaler": lambda s: _centred(s.center_ if s.with_centering else None, s.scale_ if s.with_scaling else None),
@@ -30,7 +30,7 @@ SCALERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
 
 
 def _centred(mean: Any, deviation: Any) -> tuple[Any, Any]:
-    """Factor and offset of (x - mean) / deviation."""
+    """Factor and offset of (x - mean) / deviation, where None leaves a part out."""
     factor = 1.0 if deviation is None else 1 / np.asarray(deviation)
     return factor, 0.0 if mean is None else -np.asarray(mean) * factor
 
@@ -54,25 +54,30 @@ def from_scikit_learn(model: Any) -> MLP:
     *before, network = [step for _, step in model.steps] if hasattr(model, "steps") else [model]
     if not all(hasattr(network, name) for name in ("coefs_", "intercepts_", "classes_", "out_activation_")):
         refuse("model", "a fitted MLPClassifier, or a Pipeline that ends in one", type(network).__name__)
+    kind = SKLEARN_ACTIVATIONS[network.activation]
+    products = zip(network.coefs_, network.intercepts_, strict=True)
+    layers = [Layer(real(weight.T), real(bias), kind) for weight, bias in products]
+    weight, bias, _ = layers.pop()
+    if network.out_activation_ == "logistic":
+        if len(network.classes_) != 2 or len(bias) != 1:
+            refuse("model", "one that gives each sample one class", "one that labels several at once")
+        weight, bias = (np.concatenate([np.zeros_like(v), v]) for v in (weight, bias))
+    layers.append(Layer(weight, bias, NO_ACTIVATION))
+    return assembled(layers, _scale_of(before, refuse), [str(name) for name in network.classes_], refuse)
+
+
+def _scale_of(steps: Sequence[Any], refuse: Refuse) -> Scale:
+    """What a pipeline's steps before its network do to the features."""
     scale = Scale()
-    for step in before:
+    for step in steps:
+        kind = type(step).__name__
         if step is None or isinstance(step, str):  # "passthrough"
             continue
-        kind = type(step).__name__
         if kind not in SCALERS or not hasattr(step, "n_features_in_") or getattr(step, "clip", False):
-            got = f"{kind} that clips" if getattr(step, "clip", False) else kind
-            refuse("a step before the network", "a fitted " + ", ".join(SCALERS) + " that does not clip", got)
+            got = f"{kind} with clip=True" if getattr(step, "clip", False) else kind
+            refuse("a step before the network", "a fitted " + " or ".join(SCALERS) + ", which does not clip", got)
         scale.then(*SCALERS[kind](step))
-    kind = SKLEARN_ACTIVATIONS[network.activation]
-    products = list(zip(network.coefs_, network.intercepts_, strict=True))
-    layers = [Layer(real(w.T), real(b), kind) for w, b in products]
-    layers[-1] = layers[-1]._replace(activation=NO_ACTIVATION)
-    if network.out_activation_ == "logistic":
-        if len(network.classes_) != 2 or len(layers[-1].bias) != 1:
-            refuse("model", "one that gives each sample one class", "one that labels several at once")
-        weight, bias = (np.concatenate([np.zeros_like(v), v]) for v in (layers[-1].weight, layers[-1].bias))
-        layers[-1] = Layer(weight, bias, NO_ACTIVATION)
-    return assembled(layers, scale, [str(name) for name in network.classes_], refuse)
+    return scale
 
 
 # --- PyTorch ---
@@ -124,7 +129,9 @@ def from_pytorch(
         refuse("the last layer", "one with an output for each class (two for a score z: 0 and z)", "one output")
     scale = Scale()
     if normalisation is not None:
-        scale.then(*_centred(*(np.atleast_1d(np.asarray(v, np.float64)) for v in vars(normalisation).values())))
+        scale.then(
+            *_centred(*(np.array(v, np.float64, ndmin=1) for v in (normalisation.mean, normalisation.deviation)))
+        )
     return assembled(layers, scale, class_names, refuse)
 
 
@@ -148,8 +155,8 @@ def _of_modules(source: Any, refuse: Refuse) -> list[Layer]:
     """Layers of a Sequential, or of a Linear layer alone."""
     nn = library("torch", "test-teachers", "from_pytorch").nn
     layers: list[Layer] = []
-    parts = dict(_flat(nn, source, ""))
-    for name, part in parts.items():
+    parts = list(_flat(nn, source, ""))
+    for name, part in parts:
         kind = type(part).__name__
         if isinstance(part, nn.Linear):
             weight = real(part.weight)
@@ -159,7 +166,7 @@ def _of_modules(source: Any, refuse: Refuse) -> list[Layer]:
             if getattr(part, "approximate", "none") != "none":
                 refuse(f"part {name!r}", "the exact GELU", f"GELU(approximate={part.approximate!r})")
             layers[-1] = layers[-1]._replace(activation=TORCH_ACTIVATIONS[kind])
-        elif kind not in TORCH_PASSED and not (kind in TORCH_ENDINGS and part is list(parts.values())[-1]):
+        elif kind not in TORCH_PASSED and not (kind in TORCH_ENDINGS and part is parts[-1][1]):
             known = ", ".join(["Linear", *TORCH_ACTIVATIONS, *TORCH_PASSED])
             refuse(f"part {name!r}", f"one of {known}, and one activation after each hidden Linear layer", kind)
     return layers

@@ -90,17 +90,22 @@ class _Reader:
         self._check()
         inputs = [i.name for i in graph.input if i.name not in self.tensors]
         if len(inputs) != 1:
-            self.refuse("the inputs", "one, the features", ", ".join(inputs) or "none")
+            self.refuse("the inputs", "one, the features", ", ".join(map(str, inputs)) or "none")
         self.input = inputs[0]
 
-    def refuse(self, part: str, expected: str, got: str, fix: str = "") -> NoReturn:
+    def refuse(self, part: str, expected: str, got: object, fix: str = "") -> NoReturn:
+        got = str(got)[:300].rstrip(". \n")  # a text that is not UTF-8 comes as bytes
         raise ModelFormatError(
             "from_onnx", f"{self.path}: {part}", expected=expected, got=got[:300].rstrip(". \n"), fix=fix
         )
 
     def refuse_node(self, node: Any, expected: str, got: str = "") -> NoReturn:
         name = node.name or (node.output[0] if node.output else "")
-        fix = "Import the float32 model, of which this is a form for predictions." if "eLinear" in node.op_type else ""
+        fix = (
+            "Import the float32 model, of which this is a form for predictions."
+            if "eLinear" in str(node.op_type)
+            else ""
+        )
         self.refuse(f"node {name!r}", expected, got or f"{node.domain}{'.' if node.domain else ''}{node.op_type}", fix)
 
     # --- the file ---
@@ -109,7 +114,7 @@ class _Reader:
         try:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
         except OSError as error:
-            self.refuse("the file", "readable", str(error))
+            self.refuse("the file", "readable", error)
         try:
             return self.onnx.load_model_from_string(data)
         except Exception as error:  # of whichever implementation of protocol buffers is installed
@@ -126,11 +131,11 @@ class _Reader:
         """The rules of ONNX, which make sure that a value is made once, and before it is used."""
         opset = next((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), 0)
         if opset < OLDEST_OPSET:
-            self.refuse("the opset", f"{OLDEST_OPSET} or newer", str(opset))
+            self.refuse("the opset", f"{OLDEST_OPSET} or newer", opset)
         try:
             self.onnx.checker.check_model(self.proto)
         except Exception as error:  # ValidationError, and what protocol buffers raise
-            self.refuse("the model", "one that keeps the rules of ONNX", str(error))
+            self.refuse("the model", "one that keeps the rules of ONNX", error)
 
     def _class_names(self) -> list[str] | None:
         text = next((p.value for p in self.proto.metadata_props if p.key == CLASS_NAMES), None)
@@ -173,7 +178,7 @@ class _Reader:
                 at = node.input[0]
             found.add(at)
         if len(found) != 1:
-            self.refuse("the outputs", "made of the same logits", ", ".join(sorted(found)) or "none")
+            self.refuse("the outputs", "made of the same logits", ", ".join(sorted(map(str, found))) or "none")
         return found.pop()
 
     def _before_activation(self, at: str) -> tuple[str, str]:
@@ -279,7 +284,10 @@ class _Reader:
             values = self._array(operand.constant)
             if values.size != math.prod(values.shape[-1:]):
                 self.refuse_node(node, "with a constant for all rows", f"one of shape {values.shape}")
-            scale.then(*_scaling(node.op_type, values.astype(np.float64).reshape(-1), operand.first))
+            try:
+                scale.then(*_scaling(node.op_type, values.astype(np.float64).reshape(-1), operand.first))
+            except ValueError:
+                self.refuse_node(node, "with as many numbers as the constants before it", f"{values.size} of them")
         return scale
 
     # --- nodes and tensors ---
@@ -305,7 +313,7 @@ class _Reader:
         try:
             return np.asarray(self.onnx.numpy_helper.to_array(tensor))
         except Exception as error:
-            self.refuse(f"tensor {name!r}", "a whole one", str(error))
+            self.refuse(f"tensor {name!r}", "a whole one", error)
 
     def _is(self, name: str, number: float) -> bool:
         """Whether a tensor is this one number."""
