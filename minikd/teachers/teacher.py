@@ -177,11 +177,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def library(name: str, extra: str = "teachers") -> Any:
+def library(name: str, extra: str = "teachers", where: str = "as_teacher") -> Any:
     """An optional library, imported now; BackendError that names the extra where it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.split(".")[0]
         fix = f"pip install 'minikd[{extra}]' brings it."
-        raise BackendError("as_teacher", package, expected="installed", got=str(error), fix=fix) from error
+        raise BackendError(where, package, expected="installed", got=str(error), fix=fix) from error
