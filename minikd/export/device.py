@@ -31,7 +31,7 @@ PAINT = 0xA5A5_A5A5  # what the stack is filled with before a call
 
 
 class Answer(NamedTuple):
-    """What a call gave back, how many instructions it took, and how much of the stack, with arguments that lie there."""
+    """What a call gave back, how many instructions it took, and how much of the stack, its arguments included."""
 
     value: int
     instructions: int

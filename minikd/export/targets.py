@@ -151,7 +151,7 @@ SECTIONS {{
   .rodata : {{ *(.rodata .rodata.* .srodata .srodata.*) }} > flash
   .data : {{ *(.data .data.* .sdata .sdata.*) }} > ram
   .bss : {{ *(.bss .bss.* .sbss .sbss.* COMMON) }} > ram
-  /DISCARD/ : {{ *(.ARM.ex* .eh_frame* .debug* .comment) }}
+  /DISCARD/ : {{ *(.ARM.ex* .MIPS.* .reginfo .eh_frame* .debug* .comment) }}
 }}
 """
 
