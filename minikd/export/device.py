@@ -4,6 +4,9 @@ An emulated processor has flash that cannot be written, a stack with nothing bel
 pages of its own: reading or writing past an array, or a stack that is too small, ends the call. What runs is the code
 that would be flashed, with the compiler's own helpers (software floats, long products) and no library.
 
+Sums, differences and products in software have the bits that IEEE 754 asks for, subnormal numbers included. So have
+quotients from 2^-126 on; below, Zig's division may be one step nearer to 0.
+
 Unicorn comes from `pip install 'minikd[device]'`.
 """
 
