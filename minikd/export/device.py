@@ -5,7 +5,7 @@ pages of its own: reading or writing past an array, or a stack that is too small
 that would be flashed, with the compiler's own helpers (software floats, long products) and no library.
 
 Sums, differences and products in software have the bits that IEEE 754 asks for, subnormal numbers included. So have
-quotients from 2^-126 on; below, Zig's division may be one step nearer to 0.
+quotients from 2^-126 on; below, Zig's division does not round, or gives 0, as its version may be.
 
 Unicorn comes from `pip install 'minikd[device]'`.
 """
