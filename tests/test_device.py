@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minikd.errors import ArgumentError, BackendError, ModelFormatError
-from minikd.export.device import STACK_BYTES, Device
 from minikd.export.elf import read_elf
+from minikd.export.emulator import STACK_BYTES, Device
 from minikd.export.targets import FLASH, TARGETS, Target, compile_object, cross_compile
 
 EMULATED = [target for target in TARGETS if target.processor]
