@@ -239,6 +239,15 @@ def test_the_processor_without_floats_takes_many_more_instructions(kept) -> None
     assert m0 > 20 * m4
 
 
+def test_the_smaller_processor_refuses_what_only_the_larger_one_has(source: Path) -> None:
+    one = Device(cross_compile([source], M4, FUNCTIONS), M0)
+    x, y = np.ones(3, np.float32), np.zeros(1, np.float32)
+    with pytest.raises(BackendError, match="Invalid instruction"):
+        one.call("sums", x, x, 3, y)
+    with pytest.raises(BackendError, match="Invalid instruction"):
+        one.call("scaled", np.ones(3, np.int32), 1, 1, 3, np.zeros(3, np.int32))
+
+
 def test_unknown_functions_and_processors_that_are_not_emulated_are_refused(kept, device) -> None:
     with pytest.raises(ArgumentError, match="function must be in the program, got nothing"):
         kept(M0).call("nothing")

@@ -98,8 +98,7 @@ class Device:
         uc, processor = self._unicorn, self._processor
         mode = sum(getattr(uc, f"UC_MODE_{name}") for name in processor.modes)
         machine = uc.Uc(getattr(uc, f"UC_ARCH_{processor.family}"), mode)
-        if processor.model:
-            machine.ctl_set_cpu_model(getattr(self._constants, f"UC_CPU_{processor.family}_{processor.model}"))
+        machine.ctl_set_cpu_model(getattr(self._constants, f"UC_CPU_{processor.model}"))
         executable = uc.UC_PROT_READ | uc.UC_PROT_EXEC
         machine.mem_map(FLASH, FLASH_BYTES, executable)
         machine.mem_map(RAM, RAM_BYTES, uc.UC_PROT_READ | uc.UC_PROT_WRITE)

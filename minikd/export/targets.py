@@ -44,7 +44,7 @@ BARE = ("-ffreestanding", "-ffp-contract=off", "-fno-sanitize=undefined", "-fno-
 class Processor(NamedTuple):
     """How Unicorn names a processor, and where its calling convention puts things.
 
-    family : of Unicorn's constants ("ARM").  modes : of the processor.  model : its name, or "" for the usual one.
+    family : of Unicorn's constants ("ARM").  modes : of the processor.  model : its name.
     arguments : registers of the first arguments.  result, stack, link : registers.
     home : bytes above the stack pointer that a called function may write to.
     width : bytes of the instruction that begins with these bytes.
@@ -74,11 +74,16 @@ def _mips_width(code: bytes) -> int:
 
 
 def _cortex(model: str) -> Processor:
-    return Processor("ARM", ("THUMB", "MCLASS"), model, ("R0", "R1", "R2", "R3"), "R0", "SP", "LR", 0, _thumb_width)
+    # With Unicorn's mode MCLASS every model would be a Cortex-M33, which runs what the smaller ones refuse.
+    return Processor("ARM", ("THUMB",), f"ARM_{model}", ("R0", "R1", "R2", "R3"), "R0", "SP", "LR", 0, _thumb_width)
 
 
-RISCV = Processor("RISCV", ("RISCV32",), "", tuple(f"A{k}" for k in range(8)), "A0", "SP", "RA", 0, _riscv_width)
-MIPS = Processor("MIPS", ("MIPS32", "BIG_ENDIAN"), "", ("A0", "A1", "A2", "A3"), "V0", "SP", "RA", 16, _mips_width)
+RISCV = Processor(
+    "RISCV", ("RISCV32",), "RISCV32_SIFIVE_E31", tuple(f"A{k}" for k in range(8)), "A0", "SP", "RA", 0, _riscv_width
+)
+MIPS = Processor(
+    "MIPS", ("MIPS32", "BIG_ENDIAN"), "MIPS32_4KC", ("A0", "A1", "A2", "A3"), "V0", "SP", "RA", 16, _mips_width
+)
 
 
 @dataclass(frozen=True)
