@@ -148,7 +148,7 @@ static minikd_error read_header(minikd_archive *archive, minikd_json *json, mini
             return no_memory(report);
         archive->tensors = tensors;
         tensors += archive->tensor_count;
-        tensors->name = name;
+        *tensors = (minikd_stored){.name = name};
         if (!read_tensor(json, tensors))
             return minikd_refuse(report, MINIKD_ERROR_FORMAT,
                                  "%.*s: expected dtype F32 or F64, a shape of one or two axes, and two data_offsets",
@@ -159,14 +159,6 @@ static minikd_error read_header(minikd_archive *archive, minikd_json *json, mini
 }
 
 /* --- the data --- */
-
-static int by_place(const void *a, const void *b)
-{
-    const minikd_stored *first = a, *second = b;
-    if (first->start != second->start)
-        return first->start < second->start ? -1 : 1;
-    return (first->end > second->end) - (first->end < second->end);
-}
 
 /* Whether it has as many bytes as its shape says. */
 static int is_whole(const minikd_stored *tensor)
@@ -186,8 +178,6 @@ static int is_whole(const minikd_stored *tensor)
 static minikd_error place_tensors(minikd_archive *archive, const unsigned char *data, size_t size, minikd_report report)
 {
     int64_t position = 0;
-    if (archive->tensor_count)
-        qsort(archive->tensors, archive->tensor_count, sizeof *archive->tensors, by_place);
     for (size_t k = 0; k < archive->tensor_count; k++) {
         minikd_stored *tensor = &archive->tensors[k];
         if (tensor->start != position || tensor->end < position || (uint64_t)tensor->end > size || !is_whole(tensor))
@@ -255,9 +245,9 @@ static minikd_error sort_by_name(minikd_archive *archive, minikd_report report)
                  : MINIKD_OK;
 }
 
-const minikd_stored *minikd_tensor_of(const minikd_archive *archive, const char *name)
+minikd_stored *minikd_tensor_of(const minikd_archive *archive, minikd_text name)
 {
-    const minikd_stored wanted = {.name = {(char *)name, strlen(name)}};
+    const minikd_stored wanted = {.name = name};
     if (!archive->tensor_count)
         return NULL;
     return bsearch(&wanted, archive->tensors, archive->tensor_count, sizeof wanted, tensors_by_name);
@@ -265,7 +255,7 @@ const minikd_stored *minikd_tensor_of(const minikd_archive *archive, const char 
 
 const minikd_text *minikd_about_of(const minikd_archive *archive, const char *name)
 {
-    const minikd_about wanted = {.name = {(char *)name, strlen(name)}};
+    const minikd_about wanted = {.name = minikd_text_of(name)};
     if (!archive->about_count)
         return NULL;
     const minikd_about *found = bsearch(&wanted, archive->about, archive->about_count, sizeof wanted, about_by_name);
@@ -278,7 +268,7 @@ minikd_error minikd_open_archive(minikd_archive *archive, const unsigned char *d
 {
     memset(archive, 0, sizeof *archive);
     if (size < 8)
-        return minikd_refuse(report, MINIKD_ERROR_FORMAT, "the file: expected at least 8 bytes, got %u", (unsigned)size);
+        return minikd_refuse(report, MINIKD_ERROR_FORMAT, "the file: expected at least 8 bytes, got %d", (int)size);
     const uint64_t length = little_endian(data, 8);
     if (length > LARGEST_HEADER || length > size - 8)
         return minikd_refuse(report, MINIKD_ERROR_FORMAT,
@@ -289,11 +279,12 @@ minikd_error minikd_open_archive(minikd_archive *archive, const unsigned char *d
     archive->header = malloc((size_t)length);
     if (!archive->header)
         return no_memory(report);
+    archive->head = 8 + (size_t)length;
     memcpy(archive->header, data + 8, (size_t)length);
     minikd_json json = {archive->header, archive->header + length};
     minikd_error error = read_header(archive, &json, report);
     if (!error)
-        error = place_tensors(archive, data + 8 + length, size - 8 - (size_t)length, report);
+        error = place_tensors(archive, data + archive->head, size - archive->head, report);
     if (!error)
         error = sort_by_name(archive, report);
     return error ? error : check_finite(archive, report);

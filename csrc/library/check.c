@@ -1,4 +1,4 @@
-/* Tests of libminikd, to be built with sanitizers: what is computed, what is refused, and damaged files by the thousand.
+/* Tests of libminikd, to be built with sanitizers: what is computed, what is refused, damaged files by the thousand.
  *
  *     check [MODEL …]     damaged copies of these files are read too
  *
@@ -15,6 +15,7 @@
 
 #include "kernels.h"
 #include "minikd.h"
+#include "seal.h"
 
 #define CHECK(condition)                                                              \
     do {                                                                              \
@@ -50,7 +51,7 @@ static void *memory(size_t bytes)
 enum { MOST_LAYERS = 4, MOST_HEADER = 4096, MOST_NUMBERS = 4096 };
 
 typedef struct {
-    int layers;
+    int version, layers;
     int sizes[MOST_LAYERS + 1];
     const char *activation;
     int is_double, normalised;
@@ -93,7 +94,8 @@ static unsigned char *put_number(unsigned char *to, double number, int is_double
 }
 
 /* Add a tensor of `rows` rows (0: a row by itself) of `columns` random numbers to a file. */
-static void add_tensor(file *f, char *header, unsigned char **end, const char *name, int rows, int columns, int is_double)
+static void add_tensor(file *f, char *header, unsigned char **end, const char *name, int rows, int columns,
+                       int is_double)
 {
     const int count = (rows ? rows : 1) * columns, is_deviation = strstr(name, "deviation") != NULL;
     const long start = (long)(*end - f->data);
@@ -103,7 +105,9 @@ static void add_tensor(file *f, char *header, unsigned char **end, const char *n
         *end = put_number(*end, f->numbers[f->count - 1], is_double);
     }
     append(header, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[", name, is_double ? "F64" : "F32");
-    append(header, rows ? "%d,%d]" : "%.0d%d]", rows, columns);
+    if (rows)
+        append(header, "%d,", rows);
+    append(header, "%d]", columns);
     append(header, ",\"data_offsets\":[%ld,%ld]}", start, (long)(*end - f->data));
 }
 
@@ -118,6 +122,41 @@ static void assemble(file *f, const char *header, const unsigned char *body, siz
     memcpy(at + length, body, body_size);
 }
 
+/* Write the seal that fits where a seal stands, if one does. */
+static void seal(unsigned char *data, size_t size)
+{
+    static const char NAME[] = "\"sha256\":\"";
+    size_t head = 8, at = 0;
+    for (int k = 0; k < 8 && size >= 8; k++)
+        head += (size_t)data[k] << 8 * k;
+    while (at + sizeof NAME + MINIKD_SEAL_DIGITS < size && memcmp(data + at, NAME, sizeof NAME - 1) != 0)
+        at++;
+    if (head < size && at + sizeof NAME + MINIKD_SEAL_DIGITS < head) {
+        char digits[MINIKD_SEAL_DIGITS], *place = (char *)data + at + sizeof NAME - 1;
+        minikd_seal_of(digits, place, data, head, size);
+        memcpy(place, digits, sizeof digits);
+    }
+}
+
+/* What the metadata say of the layers. */
+static void describe(const plan *p, char *header)
+{
+    append(header, p->version == 1 ? "\"sizes\":\"[%d" : "\"layers\":\"[", p->sizes[0]);
+    for (int k = 0; k < p->layers; k++)
+        if (p->version == 1)
+            append(header, ", %d", p->sizes[k + 1]);
+        else
+            append(header,
+                   "%s{\\\"name\\\": \\\"l%d\\\", \\\"inputs\\\": %d, \\\"outputs\\\": %d, "
+                   "\\\"activation\\\": \\\"%s\\\"}",
+                   k ? ", " : "", k, p->sizes[k], p->sizes[k + 1], k < p->layers - 1 ? p->activation : "");
+    append(header, "]\",");
+    if (p->version == 1)
+        append(header, "\"activation\":\"%s\",", p->activation);
+    else
+        append(header, "\"sha256\":\"%064d\",", 0);
+}
+
 static file written(plan p)
 {
     file f = {.plan = p};
@@ -125,16 +164,17 @@ static file written(plan p)
     unsigned char *body = memory(8 * MOST_NUMBERS), *end = body;
     int number = strcmp(p.input_dropout, "0.0") != 0;
     f.data = body;
-    append(header, "{\"__metadata__\":{\"format\":\"minikd\",\"format_version\":\"1\",\"sizes\":\"[%d", p.sizes[0]);
-    for (int k = 0; k < p.layers; k++)
-        append(header, ", %d", p.sizes[k + 1]);
-    append(header, "]\",\"activation\":\"%s\",\"dropout\":\"%s\",", p.activation, p.dropout);
-    append(header, "\"input_dropout\":\"%s\",\"seed\":\"7\",\"more\":\"\\u2713\"", p.input_dropout);
-    append(header, p.class_names ? ",\"class_names\":\"%s\"}" : "}", p.class_names);
+    append(header, "{\"__metadata__\":{\"format\":\"minikd\",\"format_version\":\"%d\",", p.version);
+    describe(&p, header);
+    append(header, "\"dropout\":\"%s\",\"input_dropout\":\"%s\",", p.dropout, p.input_dropout);
+    append(header, "\"seed\":\"7\",\"more\":\"\\u2713\"");
+    if (p.class_names)
+        append(header, ",\"class_names\":\"%s\"", p.class_names);
+    append(header, "}");
     for (int k = 0; k < p.layers; k++, number += 2 + (strcmp(p.dropout, "0.0") != 0)) {
-        snprintf(name, sizeof name, "%d.bias", number);
+        snprintf(name, sizeof name, p.version == 1 ? "%d.bias" : "l%d.bias", p.version == 1 ? number : k);
         add_tensor(&f, header, &end, name, 0, p.sizes[k + 1], p.is_double);
-        snprintf(name, sizeof name, "%d.weight", number);
+        snprintf(name, sizeof name, p.version == 1 ? "%d.weight" : "l%d.weight", p.version == 1 ? number : k);
         add_tensor(&f, header, &end, name, p.sizes[k + 1], p.sizes[k], p.is_double);
     }
     if (p.normalised) {
@@ -144,6 +184,7 @@ static file written(plan p)
     append(header, "}");
     assemble(&f, header, body, (size_t)(end - body));
     free(body);
+    seal(f.data, f.size);
     return f;
 }
 
@@ -233,7 +274,7 @@ static void predictions_follow_the_formula(plan p)
     free(f.data);
 }
 
-static const plan SMALL = {2, {3, 4, 2}, "relu", 0, 1, "0.0", "0.0", "[\\\"a\\\", \\\"b\\\"]"};
+static const plan SMALL = {1, 2, {3, 4, 2}, "relu", 0, 1, "0.0", "0.0", "[\\\"a\\\", \\\"b\\\"]"};
 
 static void all_networks_are_computed(void)
 {
@@ -241,10 +282,12 @@ static void all_networks_are_computed(void)
     static const char *const DROPOUTS[] = {"0.0", "0.25", "1e-05"};
     for (int k = 0; k < 4; k++)
         for (int is_double = 0; is_double < 2; is_double++) {
-            plan p = {3, {7, 33, 17, 5}, ACTIVATIONS[k], is_double, k % 2, DROPOUTS[k % 3], DROPOUTS[k % 2], NULL};
+            plan p = {1 + (k + is_double) % 2, 3, {7, 33, 17, 5}, ACTIVATIONS[k], is_double, k % 2, DROPOUTS[k % 3],
+                      DROPOUTS[k % 2], NULL};
             predictions_follow_the_formula(p);
         }
-    predictions_follow_the_formula((plan){1, {1, 1}, "relu", 0, 0, "0.0", "0.0", NULL});
+    for (int version = 1; version <= 2; version++)
+        predictions_follow_the_formula((plan){version, 1, {1, 1}, "relu", 0, 0, "0.0", "0.0", NULL});
     predictions_follow_the_formula(SMALL);
 }
 
@@ -271,7 +314,7 @@ static void *predict_again_and_again(void *shared)
 static void threads_share_a_model(void)
 {
     enum { ROWS = 40, THREADS = 4 };
-    const file f = written((plan){2, {7, 33, 5}, "gelu", 0, 1, "0.0", "0.0", NULL});
+    const file f = written((plan){2, 2, {7, 33, 5}, "gelu", 0, 1, "0.0", "0.0", NULL});
     minikd_model *model = loaded(&f);
     float features[ROWS * 7], expected[ROWS * 5];
     for (int k = 0; k < ROWS * 7; k++)
@@ -344,11 +387,29 @@ static file changed(const file *f, const char *old, const char *new)
     return copy;
 }
 
+typedef struct {
+    const char *old, *new, *words;
+} lie;
+
+static void check_lies(const file *f, const lie *lies, size_t count)
+{
+    for (size_t k = 0; k < count; k++) {
+        const file lying = changed(f, lies[k].old, lies[k].new);
+        char message[300];
+        minikd_model *model;
+        seal(lying.data, lying.size);
+        CHECK(minikd_load_memory(lying.data, lying.size, &model, message, sizeof message) == MINIKD_ERROR_FORMAT);
+        if (!strstr(message, lies[k].words))
+            fprintf(stderr, "for %s the message is: %s\n", lies[k].new, message);
+        CHECK(strstr(message, lies[k].words));
+        CHECK(model == NULL);
+        free(lying.data);
+    }
+}
+
 static void headers_that_lie_are_refused(void)
 {
-    static const struct {
-        const char *old, *new, *words;
-    } LIES[] = {
+    static const lie LIES[] = {
         {"\"format\":\"minikd\"", "\"format\":\"other\"", "a model of minikd"},
         {"\"format_version\":\"1\"", "\"format_version\":\"99\"", "format_version"},
         {"relu", "swish", "activation"},
@@ -365,8 +426,8 @@ static void headers_that_lie_are_refused(void)
         {"[3, 4, 2]", "[3]", "sizes"},
         {"[3, 4, 2]", "[]", "sizes"},
         {"[3, 4, 2]", "[3, 2]", "0.weight"},
-        {"[3, 4, 2]", "[3, 4, 2, 2]", "4.weight: expected 2 × 2 float32 numbers, got nothing"},
-        {"[3, 4, 2]", "[3, 4, 2, 2, 2, 2]", "sizes"},
+        {"[3, 4, 2]", "[3, 4, 2, 2]", "4.weight: expected 2 × 2 numbers of float32, got nothing"},
+        {"[3, 4, 2]", "[3, 4, 2, 2, 2, 2]", "no more of them than there are tensors for"},
         {"\\\"a\\\", ", "", "class_names"},
         {"\\\"a\\\", ", "\\\"a\\\", \\\"c\\\", ", "class_names"},
         {"\\\"a\\\"", "1", "class_names"},
@@ -399,23 +460,67 @@ static void headers_that_lie_are_refused(void)
         {"0.bias", "0.weight", "0.weight twice"},
         {"0.bias", "1.bias", "0.bias"},
         {"normalisation.mean", "normalisation.more", "normalisation.mean"},
-        {"{\"__metadata__\"", "{\"more\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]},\"__metadata__\"", "tensors"},
+        {"\"0.bias\"", "\"more\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]},\"0.bias\"", "the tensors"},
         {"{\"__metadata__\"", "{\"__metadata__\":{},\"__metadata__\"", "header"},
         {"{\"__metadata__\"", " {\"__metadata__\"", "header"},
         {"{\"__metadata__\":", "{", "header"},
     };
     const file f = written(SMALL);
-    for (size_t k = 0; k < sizeof LIES / sizeof *LIES; k++) {
-        const file lying = changed(&f, LIES[k].old, LIES[k].new);
-        char message[300];
+    check_lies(&f, LIES, sizeof LIES / sizeof *LIES);
+    free(f.data);
+}
+
+#define Q "\\\""
+static void layers_that_lie_are_refused(void)
+{
+    static const char LIST[] = "layers: expected a list of name";
+    static const lie LIES[] = {
+        {Q "relu" Q, Q "swish" Q, "activation"},
+        {Q "relu" Q, Q Q, "activation"},
+        {Q "relu" Q, "1", LIST},
+        {Q "activation" Q ": " Q Q, Q "activation" Q ": " Q "relu" Q, LIST},
+        {Q "activation" Q ": " Q "relu" Q, Q "inputs" Q ": 3", LIST},
+        {", " Q "activation" Q ": " Q "relu" Q, "", LIST},
+        {Q "outputs" Q ": 4", Q "outputs" Q ": 5", "as many inputs"},
+        {Q "outputs" Q ": 4", Q "outputs" Q ": 0", LIST},
+        {Q "outputs" Q ": 4", Q "outputs" Q ": -4", LIST},
+        {Q "outputs" Q ": 4", Q "outputs" Q ": 4.0", LIST},
+        {Q "outputs" Q ": 4", Q "outputs" Q ": 4, " Q "more" Q ": 4", LIST},
+        {Q "inputs" Q ": 3", Q "inputs" Q ": 1000000000000", "l0.weight"},
+        {Q "l1" Q, Q "l0" Q, "l0.weight: expected 2 × 4"},
+        {Q "l1" Q, Q "l2" Q, "got nothing"},
+        {Q "l1" Q, Q "l\\\\u0000" Q, "got nothing"},
+        {Q "l1" Q, "1", LIST},
+        {"[{", "[[{", LIST},
+        {"[{", "[],[{", LIST},
+        {"}]", "}", LIST},
+        {"}]", "},]", LIST},
+        {"}]", "}]]", LIST},
+        {"\"sha256\":\"", "\"sha256\":\"0", "sha256"},
+        {"\"sha256\"", "\"sha255\"", "sha256: expected a seal"},
+        {"\"layers\"", "\"sizes\"", LIST},
+    };
+    plan p = SMALL;
+    p.version = 2;
+    file f = written(p);
+    memset(strstr((char *)f.data + 8, "\"sha256\":\"") + 10, '0', MINIKD_SEAL_DIGITS);
+    check_lies(&f, LIES, sizeof LIES / sizeof *LIES);
+    free(f.data);
+}
+#undef Q
+
+static void a_byte_that_was_changed_breaks_the_seal(void)
+{
+    plan p = SMALL;
+    p.version = 2;
+    const file f = written(p);
+    for (size_t k = 1; k < 1 + f.size / 7; k++) {
         minikd_model *model;
-        CHECK(minikd_load_memory(lying.data, lying.size, &model, message, sizeof message) == MINIKD_ERROR_FORMAT);
-        if (!strstr(message, LIES[k].words))
-            fprintf(stderr, "for %s the message is: %s\n", LIES[k].new, message);
-        CHECK(strstr(message, LIES[k].words));
-        CHECK(model == NULL);
-        free(lying.data);
+        f.data[f.size - k] ^= 1;
+        CHECK(minikd_load_memory(f.data, f.size, &model, NULL, 0) == MINIKD_ERROR_FORMAT);
+        f.data[f.size - k] ^= 1;
     }
+    minikd_free(loaded(&f));
     free(f.data);
 }
 
@@ -535,6 +640,8 @@ static void damaged_files_are_refused_or_loaded(const unsigned char *data, size_
     for (int k = 0; k < copies; k++) {
         memcpy(copy, data, size);
         damage(copy, size);
+        if (k % 2)
+            seal(copy, size);
         try(copy, size);
     }
     free(copy);
@@ -563,18 +670,24 @@ int main(int count, char **paths)
         all_networks_are_computed();
     }
     setenv("MINIKD_CPU", "none", 1);
-    const file f = written(SMALL);
+    plan sealed = SMALL;
+    sealed.version = 2;
+    const file f = written(SMALL), g = written(sealed);
     minikd_model *model;
     CHECK(minikd_load_memory(f.data, f.size, &model, NULL, 0) == MINIKD_ERROR_ARGUMENT && !model);
     unsetenv("MINIKD_CPU");
     threads_share_a_model();
     class_names_come_back_whatever_they_are();
     headers_that_lie_are_refused();
+    layers_that_lie_are_refused();
+    a_byte_that_was_changed_breaks_the_seal();
     numbers_that_are_not_finite_are_refused();
     a_deviation_of_zero_is_refused();
     arguments_that_cannot_be_are_refused();
     damaged_files_are_refused_or_loaded(f.data, f.size, 3000);
+    damaged_files_are_refused_or_loaded(g.data, g.size, 3000);
     free(f.data);
+    free(g.data);
     for (int k = 1; k < count; k++)
         damaged_copies_of_a_file_are_refused_or_loaded(paths[k]);
     puts("all is as it must be");

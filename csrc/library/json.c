@@ -149,6 +149,12 @@ minikd_json minikd_json_within(minikd_text text)
     return json;
 }
 
+minikd_text minikd_text_of(const char *letters)
+{
+    const minikd_text text = {(char *)letters, strlen(letters)};
+    return text;
+}
+
 int minikd_text_is(minikd_text text, const char *letters)
 {
     return text.length == strlen(letters) && memcmp(text.at, letters, text.length) == 0;

@@ -32,7 +32,8 @@ int minikd_json_member(minikd_json *json, int64_t index, char closing);
 /* A text as JSON of its own. */
 minikd_json minikd_json_within(minikd_text text);
 
-/* Whether a text is these letters, NUL at the end of both apart. */
+/* Letters as a text, and whether a text is these letters. */
+minikd_text minikd_text_of(const char *letters);
 int minikd_text_is(minikd_text text, const char *letters);
 
 /* -1, 0 or 1 as the first is before, the same as or behind the second, byte by byte. */

@@ -9,12 +9,17 @@
 
 #include "archive.h"
 #include "model.h"
+#include "seal.h"
 
 /* What is known of a model while its file is read. */
 typedef struct {
+    const unsigned char *data;
+    size_t size;
     minikd_archive archive;
     minikd_model *model;
-    const char *activation; /* of the hidden layers, as in the names of kernels */
+    int version;
+    minikd_text *names;     /* of the layers; NULL in version 1, where these are numbers */
+    const char *activation; /* of the hidden layers, as in the names of kernels; empty where there are none */
     int has_dropout, has_input_dropout;
     minikd_report report;
 } reading;
@@ -83,20 +88,12 @@ static minikd_error read_format(reading *r)
     const minikd_text *version = minikd_about_of(&r->archive, "format_version");
     if (!format || !version || !minikd_text_is(*format, "minikd"))
         return expected(r, "format", "a model of minikd");
-    return minikd_text_is(*version, "1") ? MINIKD_OK : expected(r, "format_version", "version 1");
+    r->version = minikd_text_is(*version, "1") ? 1 : 2;
+    return r->version == 1 || minikd_text_is(*version, "2") ? MINIKD_OK : expected(r, "format_version", "1 or 2");
 }
 
-static minikd_error read_activation(reading *r)
-{
-    static const char *const KNOWN[] = {"relu", "gelu", "tanh", "sigmoid"};
-    const minikd_text *activation = minikd_about_of(&r->archive, "activation");
-    for (int k = 0; activation && k < 4; k++)
-        if (minikd_text_is(*activation, KNOWN[k]))
-            r->activation = KNOWN[k];
-    return r->activation ? MINIKD_OK : expected(r, "activation", "relu, gelu, tanh or sigmoid");
-}
-
-/* How it was trained: dropout layers count when parameters are numbered. */
+/* How it was trained: a prediction needs none of it, but that layers of version 1 have numbers for names, in which
+ * dropout layers count. */
 static minikd_error read_training(reading *r)
 {
     const minikd_text *dropout = minikd_about_of(&r->archive, "dropout");
@@ -114,34 +111,123 @@ static minikd_error read_training(reading *r)
     return MINIKD_OK;
 }
 
-/* The layers, without their numbers, from the list of sizes: two tensors for each must be there. */
+/* Take an activation, which must be that of the hidden layers before; 0 if it is not. */
+static int take_activation(reading *r, minikd_text name)
+{
+    static const char *const KNOWN[] = {"relu", "gelu", "tanh", "sigmoid"};
+    for (int k = 0; k < 4 && !*r->activation; k++)
+        if (minikd_text_is(name, KNOWN[k]))
+            r->activation = KNOWN[k];
+    return *r->activation && minikd_text_is(name, r->activation);
+}
+
+/* Add a layer, without its numbers, behind those there are; there must be tensors enough for them all. */
+static minikd_error add_layer(reading *r, int64_t inputs, int64_t outputs)
+{
+    minikd_model *model = r->model;
+    const int64_t most = (int64_t)(r->archive.tensor_count / 2), count = model->layer_count;
+    if (!model->layers)
+        model->layers = room(most + 1, sizeof *model->layers);
+    if (!model->layers)
+        return no_memory(r);
+    if (count == most)
+        return expected(r, "the layers", "no more of them than there are tensors for");
+    if (count > 0 && model->layers[count - 1].outputs != inputs)
+        return expected(r, "layers", "as many inputs of each as the one before it has outputs");
+    model->layers[model->layer_count++] = (minikd_layer){.inputs = inputs, .outputs = outputs};
+    model->widest = inputs > model->widest ? inputs : model->widest;
+    model->widest = outputs > model->widest ? outputs : model->widest;
+    return MINIKD_OK;
+}
+
+/* Version 1: "sizes": [features, …, classes], and "activation" */
 static minikd_error read_sizes(reading *r)
 {
     static const char LIST[] = "a list of whole numbers above 0, two at least";
     const minikd_text *sizes = minikd_about_of(&r->archive, "sizes");
-    minikd_model *model = r->model;
-    const int64_t most = (int64_t)(r->archive.tensor_count / 2);
-    int64_t size, before = 0, count = 0;
+    const minikd_text *activation = minikd_about_of(&r->archive, "activation");
+    int64_t size, before = 0;
     int more;
+    if (!activation || !take_activation(r, *activation))
+        return expected(r, "activation", "relu, gelu, tanh or sigmoid");
     if (!sizes)
         return expected(r, "sizes", LIST);
     minikd_json json = minikd_json_within(*sizes);
     if (!minikd_json_sign(&json, '['))
         return expected(r, "sizes", LIST);
-    model->layers = room(most + 1, sizeof *model->layers);
-    if (!model->layers)
-        return no_memory(r);
-    for (; (more = minikd_json_member(&json, count, ']')) > 0; count++, before = size) {
+    for (int64_t k = 0; (more = minikd_json_member(&json, k, ']')) > 0; k++, before = size) {
         if (!minikd_json_whole(&json, &size) || size == 0)
             return expected(r, "sizes", LIST);
-        if (count > most)
-            return expected(r, "sizes", "no more layers than there are tensors for");
-        if (count > 0)
-            model->layers[count - 1] = (minikd_layer){.inputs = before, .outputs = size};
-        model->widest = size > model->widest ? size : model->widest;
+        const minikd_error error = k ? add_layer(r, before, size) : MINIKD_OK;
+        if (error)
+            return error;
     }
-    model->layer_count = count - 1;
-    return more == 0 && minikd_json_end(&json) && count >= 2 ? MINIKD_OK : expected(r, "sizes", LIST);
+    return more == 0 && minikd_json_end(&json) && r->model->layer_count ? MINIKD_OK : expected(r, "sizes", LIST);
+}
+
+/* What version 2 says of a layer. */
+typedef struct {
+    minikd_text name, activation;
+    int64_t inputs, outputs;
+} description;
+
+/* {"name": …, "activation": …, "inputs": …, "outputs": …}, each once, in any order; 0 otherwise */
+static int read_description(minikd_json *json, description *d)
+{
+    static const char *const FIELDS[] = {"name", "activation", "inputs", "outputs"};
+    minikd_text *const texts[] = {&d->name, &d->activation};
+    int64_t *const numbers[] = {&d->inputs, &d->outputs};
+    int more, found = 0;
+    if (!minikd_json_sign(json, '{'))
+        return 0;
+    for (int64_t k = 0; (more = minikd_json_member(json, k, '}')) > 0; k++) {
+        minikd_text name;
+        int field = 0;
+        if (!minikd_json_text(json, &name) || !minikd_json_sign(json, ':'))
+            return 0;
+        while (field < 4 && !minikd_text_is(name, FIELDS[field]))
+            field++;
+        if (field == 4 || found & 1 << field)
+            return 0;
+        if (!(field < 2 ? minikd_json_text(json, texts[field]) : minikd_json_whole(json, numbers[field - 2])))
+            return 0;
+        found |= 1 << field;
+    }
+    return more == 0 && found == 15 && d->inputs > 0 && d->outputs > 0;
+}
+
+/* Version 2: "layers": [{…}, …], of which the last alone has no activation */
+static minikd_error read_descriptions(reading *r)
+{
+    static const char LIST[] = "a list of name, inputs, outputs and activation of each layer";
+    const minikd_text *layers = minikd_about_of(&r->archive, "layers");
+    int more, was_last = 0;
+    if (!layers)
+        return expected(r, "layers", LIST);
+    minikd_json json = minikd_json_within(*layers);
+    r->names = room((int64_t)(r->archive.tensor_count / 2) + 1, sizeof *r->names);
+    if (!r->names)
+        return no_memory(r);
+    if (!minikd_json_sign(&json, '['))
+        return expected(r, "layers", LIST);
+    for (int64_t k = 0; (more = minikd_json_member(&json, k, ']')) > 0; k++) {
+        description d;
+        if (!read_description(&json, &d))
+            return expected(r, "layers", LIST);
+        if (was_last || (d.activation.length && !take_activation(r, d.activation)))
+            return expected(r, "activation", "relu, gelu, tanh or sigmoid, alike in all layers but the last");
+        was_last = d.activation.length == 0;
+        const minikd_error error = add_layer(r, d.inputs, d.outputs);
+        if (error)
+            return error;
+        r->names[k] = d.name;
+    }
+    return more == 0 && minikd_json_end(&json) && was_last ? MINIKD_OK : expected(r, "layers", LIST);
+}
+
+static minikd_error read_structure(reading *r)
+{
+    return r->version == 1 ? read_sizes(r) : read_descriptions(r);
 }
 
 /* --- what the tensors hold --- */
@@ -162,38 +248,57 @@ static void *numbers_of(const reading *r, const minikd_stored *tensor)
 }
 
 /* Read the tensor of this name, which must be of `rows` rows (0: a row by itself) of `columns`. */
-static minikd_error read_tensor(const reading *r, void **numbers, const char *name, int64_t rows, int64_t columns,
+static minikd_error read_tensor(const reading *r, void **numbers, minikd_text name, int64_t rows, int64_t columns,
                                 int is_double)
 {
-    const minikd_stored *tensor = minikd_tensor_of(&r->archive, name);
+    minikd_stored *tensor = minikd_tensor_of(&r->archive, name);
     const int axes = rows ? 2 : 1;
-    const char *dtype = is_double ? "float64" : "float32";
-    if (!tensor || tensor->is_double != is_double || tensor->axes != axes || tensor->shape[axes - 1] != columns
-        || (rows && tensor->shape[0] != rows))
-        return rows ? minikd_refuse(r->report, MINIKD_ERROR_FORMAT, "%s: expected %lld × %lld %s numbers%s", name,
-                                    (long long)rows, (long long)columns, dtype, tensor ? "" : ", got nothing")
-                    : minikd_refuse(r->report, MINIKD_ERROR_FORMAT, "%s: expected %lld %s numbers%s", name,
-                                    (long long)columns, dtype, tensor ? "" : ", got nothing");
+    if (!tensor || tensor->is_taken || tensor->is_double != is_double || tensor->axes != axes
+        || tensor->shape[axes - 1] != columns || (rows && tensor->shape[0] != rows))
+        return minikd_refuse(r->report, MINIKD_ERROR_FORMAT, "%s: expected %lld × %lld numbers of %s%s", name.at,
+                             (long long)(rows ? rows : 1), (long long)columns, is_double ? "float64" : "float32",
+                             tensor ? ", and for this alone" : ", got nothing");
+    tensor->is_taken = 1;
     *numbers = numbers_of(r, tensor);
     return *numbers ? MINIKD_OK : no_memory(r);
+}
+
+enum { LONGEST_NAME = 200 }; /* of a tensor, in bytes with a NUL at their end */
+
+/* The name of what belongs to layer k, written to `to`. */
+static minikd_error name_in_layer(const reading *r, int64_t k, const char *part, char *to, minikd_text *name)
+{
+    const size_t rest = strlen(part) + 1;
+    if (r->version == 1)
+        name->length = (size_t)snprintf(to, LONGEST_NAME, "%lld",
+                                        (long long)(r->has_input_dropout + k * (2 + r->has_dropout)));
+    else if (r->names[k].length > LONGEST_NAME - rest)
+        return expected(r, "layers", "shorter names");
+    else
+        memcpy(to, r->names[k].at, name->length = r->names[k].length);
+    memcpy(to + name->length, part, rest);
+    name->length += rest - 1;
+    name->at = to;
+    return MINIKD_OK;
 }
 
 static minikd_error read_layers(reading *r)
 {
     minikd_model *model = r->model;
-    int64_t number = r->has_input_dropout;
-    for (int64_t k = 0; k < model->layer_count; k++, number += 2 + r->has_dropout) {
+    for (int64_t k = 0; k < model->layer_count; k++) {
         minikd_layer *layer = &model->layers[k];
-        char weight[40], bias[40];
-        snprintf(weight, sizeof weight, "%lld.weight", (long long)number);
-        snprintf(bias, sizeof bias, "%lld.bias", (long long)number);
+        char weight[LONGEST_NAME], bias[LONGEST_NAME];
+        minikd_text weight_name, bias_name;
+        minikd_error error = name_in_layer(r, k, ".weight", weight, &weight_name);
+        if (error || (error = name_in_layer(r, k, ".bias", bias, &bias_name)))
+            return error;
         if (k == 0) {
-            const minikd_stored *first = minikd_tensor_of(&r->archive, weight);
+            const minikd_stored *first = minikd_tensor_of(&r->archive, weight_name);
             model->is_double = first && first->is_double;
         }
-        minikd_error error = read_tensor(r, &layer->weight, weight, layer->outputs, layer->inputs, model->is_double);
+        error = read_tensor(r, &layer->weight, weight_name, layer->outputs, layer->inputs, model->is_double);
         if (!error)
-            error = read_tensor(r, &layer->bias, bias, 0, layer->outputs, model->is_double);
+            error = read_tensor(r, &layer->bias, bias_name, 0, layer->outputs, model->is_double);
         if (error)
             return error;
     }
@@ -202,17 +307,18 @@ static minikd_error read_layers(reading *r)
 
 static minikd_error read_normalisation(reading *r)
 {
-    static const char MEAN[] = "normalisation.mean", DEVIATION[] = "normalisation.deviation";
+    const minikd_text mean = minikd_text_of("normalisation.mean");
+    const minikd_text deviation = minikd_text_of("normalisation.deviation");
     const int64_t features = r->model->layers[0].inputs;
-    const minikd_stored *deviation = minikd_tensor_of(&r->archive, DEVIATION);
-    if (!deviation && !minikd_tensor_of(&r->archive, MEAN))
+    const minikd_stored *found = minikd_tensor_of(&r->archive, deviation);
+    if (!found && !minikd_tensor_of(&r->archive, mean))
         return MINIKD_OK;
-    minikd_error error = read_tensor(r, &r->model->mean, MEAN, 0, features, 0);
+    minikd_error error = read_tensor(r, &r->model->mean, mean, 0, features, 0);
     if (!error)
-        error = read_tensor(r, &r->model->deviation, DEVIATION, 0, features, 0);
+        error = read_tensor(r, &r->model->deviation, deviation, 0, features, 0);
     for (int64_t k = 0; !error && k < features; k++)
-        if (!(minikd_number_of(deviation, k) > 0))
-            error = expected(r, DEVIATION, "numbers above 0");
+        if (!(minikd_number_of(found, k) > 0))
+            error = expected(r, deviation.at, "numbers above 0");
     return error;
 }
 
@@ -223,6 +329,14 @@ static minikd_error check_that_all_was_read(reading *r)
         return MINIKD_OK;
     return minikd_refuse(r->report, MINIKD_ERROR_FORMAT, "the tensors: expected the %llu of such a network, got %llu",
                          (unsigned long long)read, (unsigned long long)r->archive.tensor_count);
+}
+
+static minikd_error check_seal(reading *r)
+{
+    const minikd_text *seal = minikd_about_of(&r->archive, "sha256");
+    if (r->version == 1 || (seal && minikd_seal_fits(*seal, r->data, r->archive.head, r->size)))
+        return MINIKD_OK;
+    return expected(r, "sha256", seal ? "the file as it was when it was written" : "a seal");
 }
 
 /* --- the names of the classes --- */
@@ -304,17 +418,25 @@ static minikd_error choose_kernels(reading *r)
 minikd_error minikd_read_model(minikd_model **model, const unsigned char *data, size_t size, minikd_report report)
 {
     static minikd_error (*const STEPS[])(reading *) = {
-        read_format, read_activation,    read_training,           read_sizes,
-        read_layers, read_normalisation, check_that_all_was_read, read_class_names,
+        read_format,
+        read_training,
+        read_structure,
+        read_layers,
+        read_normalisation,
+        check_that_all_was_read,
+        check_seal,
+        read_class_names,
         choose_kernels,
     };
-    reading r = {.report = report, .model = calloc(1, sizeof *r.model)};
+    reading r = {.data = data, .size = size, .activation = "", .report = report};
+    r.model = calloc(1, sizeof *r.model);
     minikd_error error = minikd_open_archive(&r.archive, data, size, report);
     if (!error && !r.model)
         error = no_memory(&r);
     for (size_t k = 0; !error && k < sizeof STEPS / sizeof *STEPS; k++)
         error = STEPS[k](&r);
     minikd_close_archive(&r.archive);
+    free(r.names);
     if (error) {
         minikd_free(r.model);
         r.model = NULL;
