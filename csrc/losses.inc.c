@@ -7,19 +7,6 @@
 
 /* --- what they share --- */
 
-/* 1 + the first row whose label is neither a class nor ignore_index; MINIKD_DONE if there is none. */
-static int64_t wrong_label(const int64_t *target, int64_t n, int64_t c, int64_t ignore_index)
-{
-    int64_t wrong = 0;
-    SIMD_OR(wrong)
-    for (int64_t i = 0; i < n; i++)
-        wrong |= (target[i] != ignore_index) & ((target[i] < 0) | (target[i] >= c));
-    for (int64_t i = 0; wrong && i < n; i++)
-        if (target[i] != ignore_index && (target[i] < 0 || target[i] >= c))
-            return i + 1;
-    return MINIKD_DONE;
-}
-
 /* What one row's loss and gradient are multiplied by under this reduction. */
 static double row_scale(double divisor, enum minikd_reduction reduction)
 {
