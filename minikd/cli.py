@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import minikd
-from minikd import bench, labelling
+from minikd import bench, exporting, labelling
 from minikd.data.sources import NAMED
 from minikd.distillation import DistillResult, Experiment
 from minikd.errors import ArgumentError, MinikdError
@@ -444,6 +444,18 @@ is written.""",
         labelling.EXAMPLE,
         labelling.add_arguments,
         labelling.run,
+    ),
+    "export": Command(
+        "write a student as C, ONNX or safetensors, and prove that it computes the same",
+        exporting.EXPORT_EXAMPLE,
+        exporting.add_export_arguments,
+        exporting.export,
+    ),
+    "size": Command(
+        "say what a student takes of a device, before anything is exported",
+        exporting.SIZE_EXAMPLE,
+        exporting.add_size_arguments,
+        exporting.size,
     ),
     "bench": Command(
         "time the kernels beside PyTorch, JAX, SciPy and NumPy",

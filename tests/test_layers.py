@@ -54,6 +54,7 @@ LAYERS = {
     "report": 8,
     "bench": 9,
     "cli": 9,
+    "exporting": 9,
     "labelling": 9,
     "sklearn": 9,
     "__main__": 9,
