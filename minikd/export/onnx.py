@@ -44,8 +44,9 @@ def to_onnx(source: Module | Network | Quantised, path: str | os.PathLike[str], 
     layer, or stands before it as Sub and Div where a mean is more than 8 deviations from 0, which float32 weights
     would not hold well. The names of the classes are in the metadata, as a JSON list under `class_names`.
 
-    An int8 file gives what the integers of `Quantised` give, within a step. On x86 processors without VNNI that asks
-    for onnxruntime's session option `session.x64quantprecision` to be "1", or sums of its own products may saturate.
+    An int8 file gives what the integers of `Quantised` give, within a step but for a logit in a thousand. On x86
+    processors without VNNI that asks for onnxruntime's session option `session.x64quantprecision` to be "1", or sums of
+    its own integers may saturate.
 
     Parameters
     ----------
