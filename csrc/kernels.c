@@ -13,6 +13,7 @@
 #include "pictures.inc.c"
 #include "predictions.inc.c"
 #include "products.inc.c"
+#include "quantisation.inc.c"
 #include "shapes.inc.c"
 #include "softmax.inc.c"
 #include "teacher.inc.c"
@@ -69,6 +70,10 @@ const minikd_entry MINIKD_TABLE[] = {
     {"dropout", dropout},
     {"dropout_vjp", dropout_vjp},
     {"shift_images", shift_images},
+    {"fake_quantise", fake_quantise},
+    {"fake_quantise_vjp", fake_quantise_vjp},
+    {"fake_quantise_rows", fake_quantise_rows},
+    {"fake_quantise_rows_vjp", fake_quantise_rows_vjp},
     {"take", take},
     {"take_vjp", take_vjp},
     {"take_scaled", take_scaled},

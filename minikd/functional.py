@@ -35,6 +35,7 @@ __all__ = [
     "decoupled_kd",
     "distillation_loss",
     "dropout",
+    "fake_quantise",
     "gelu",
     "jensen_shannon",
     "kl_div",
@@ -58,6 +59,7 @@ __all__ = [
 
 # Rows that are looked at for the warning that probabilities came where logits belong.
 ROWS_TO_LOOK_AT = 32
+LARGEST_STEP = 2**20  # of fake_quantise: float32 holds such numbers and their halves
 
 
 # --- checks that every call shares ---
@@ -1003,28 +1005,29 @@ def _constant(name: str, inputs: Sequence[Any], **attrs: Any) -> Any:
 # --- layers' functions ---
 
 
-def _unary(name: str, x: Any) -> Any:
-    return apply(name, x) if isinstance(x, Tensor) else evaluate(OPS[name], [x], {})[0][0]
+def _of_first(name: str, x: Any, *inputs: Any) -> Any:
+    """An operation that is differentiated by its first input: a tensor if that is one, else an array."""
+    return apply(name, x, *inputs) if isinstance(x, Tensor) else evaluate(OPS[name], [x, *inputs], {})[0][0]
 
 
 def relu(x: Any) -> Any:
     """max(x, 0) element by element; any shape."""
-    return _unary("relu", x)
+    return _of_first("relu", x)
 
 
 def tanh(x: Any) -> Any:
     """The hyperbolic tangent element by element; any shape."""
-    return _unary("tanh", x)
+    return _of_first("tanh", x)
 
 
 def sigmoid(x: Any) -> Any:
     """1 / (1 + exp(-x)) element by element; any shape."""
-    return _unary("sigmoid", x)
+    return _of_first("sigmoid", x)
 
 
 def gelu(x: Any) -> Any:
     """x·Φ(x) element by element, with the exact Φ (PyTorch's default). Hendrycks and Gimpel 2016, eq. 1."""
-    return _unary("gelu", x)
+    return _of_first("gelu", x)
 
 
 def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Any:
@@ -1147,6 +1150,47 @@ def dropout(x: Any, p: float = 0.5, *, training: bool = True, seed: int = 0, str
     if isinstance(x, Tensor):
         return apply("dropout", x, step, **attrs)
     return evaluate(OPS["dropout"], [x, step], attrs)[0][0]
+
+
+def fake_quantise(x: Any, scale: Any, zero: int = 0, *, low: int = -128, high: int = 127) -> Any:
+    """x as integers of so many steps would hold it: scale·(clamp(round(x/scale) + zero, low, high) - zero).
+
+    Halves are rounded to even. The gradient goes straight through the rounding, and stops where x lies beyond the
+    integers' ends: so a network that is trained through this learns to live with int8.
+
+    Parameters
+    ----------
+    x : any shape.
+    scale : the step, a number above 0; or for x (n, m) one for each row, an array or a tensor (n,), in which a 0
+        makes a row of zeros. It is a constant: no gradient flows into it.
+    zero : the integer that stands for 0.
+    low, high : the integers' ends, around `zero`.
+
+    Raises
+    ------
+    ArgumentError : scale is no finite number above 0, or the integers are not whole or not in order.
+    ShapeError : the scales are not one for each row of an x (n, m).
+
+    Source: Jacob et al. 2018, sec. 3; Bengio, Léonard and Courville 2013 (the straight-through gradient).
+    """
+    where, whole = "fake_quantise", (low, zero, high)
+    if not all(_is_whole(v) and abs(v) <= LARGEST_STEP for v in whole) or not low <= zero <= high or low == high:
+        expected = f"whole numbers within ±{LARGEST_STEP} with low ≤ zero ≤ high"
+        raise ArgumentError(where, "(low, zero, high)", expected=expected, got=repr(whole))
+    ends = float(low - zero), float(high - zero)
+    if not np.ndim(scale.array if isinstance(scale, Tensor) else scale):
+        return _of_first("fake_quantise", x, _step_size(where, scale), *ends)
+    return _of_first("fake_quantise_rows", x, scale, *ends)
+
+
+def _step_size(where: str, value: Any) -> Any:
+    """A step as a float or as the array that holds it; below float32's smallest it would count as 0."""
+    if _is_buffer(value):
+        _step_size(where, float(plain(value)))
+        note_check(value, partial(_step_size, where))
+        return value
+    least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    return _between(where, "scale", value, least, most, "a finite number above 0")
 
 
 def shift_images(

@@ -15,8 +15,9 @@ Source: Jacob et al. 2018, sec. 2 (the integers' arithmetic); Krishnamoorthi 201
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,17 +30,17 @@ from minikd.export.network import Layer, Network
 __all__ = ["CALIBRATIONS", "Affine", "Quantised", "QuantisedLayer", "quantise"]
 
 CALIBRATIONS = ("min-max", "percentile", "best")
+WHOLE = 100.0
 PERCENTILES = (99.99, 99.9, 99.5, 99.0)  # that "best" tries beside the whole range
 HELD_BACK = 4  # every fourth row measures what "best" tries
 LOWEST, HIGHEST = -128, 127
 LARGEST_WEIGHT = 127
-LARGEST_BIAS = 2**30  # of the bias in int32; the scale of weights that are small beside it gives way
+LARGEST_BIAS = 2**30  # steps of a bias, or a few more; the scale of weights that are small beside it gives way
 LEAST_SCALE = 2.0**-60  # so that products of two scales are normal float32 numbers
 LEAST_SHIFT, GREATEST_SHIFT = 1, 62
 
-# Beyond these inputs an activation moves by less than about half a step of its int8 result.
+# Beyond these inputs an activation moves by less than about half a step of its int8 result. All in a table are here.
 BENDS = {"tanh": (-3.2, 3.2), "sigmoid": (-6.3, 6.3), "gelu": (-3.5, np.inf)}
-_CURVES: dict[str, Callable[[np.ndarray], Any]] = {"tanh": F.tanh, "sigmoid": F.sigmoid, "gelu": F.gelu}
 
 
 class Affine(NamedTuple):
@@ -136,7 +137,7 @@ class Quantised:
     layers : one at least; each takes what the one before puts out.
     mean, deviation : (k,) float32, of raw features, which are brought to one scale before they become int8.
     class_names : one for each logit.
-    calibration : where the ranges are from: "min-max", or a percentile such as "percentile 99.9".
+    calibration : where the ranges are from: "min-max", "percentile 99.9", "percentile 99.9, logits min-max".
     divergence : KL(float network ‖ this) in nats, the mean over the rows it was measured on.
     tried : the calibrations that were compared, each with its divergence.
 
@@ -166,6 +167,17 @@ class Quantised:
                 fix = "Fewer inputs or a smaller bias would do; a layer in float32 has no such limit."
                 expected = "one whose sums stay below 2^31 in size for all int8 inputs"
                 raise ArgumentError("quantise", f"layer {number}", expected=expected, got=f"up to {largest}", fix=fix)
+
+    def with_weights(self, network: Network) -> Quantised:
+        """Another network of the same sizes and activations, written with the ranges of this one."""
+        ranges = [(layer.product, layer.output) for layer in self.layers]
+        return replace(self, layers=_layers(network, self.input, ranges))
+
+    def measured(self, network: Network, rows: np.ndarray) -> Quantised:
+        """The same with its divergence from the float network on these normalised rows (n, k)."""
+        truth = _flows(network, rows)[-1].product
+        scores = self.output.dequantise(self.integers(self.input.quantise(rows)))
+        return replace(self, divergence=metrics.kl_to_teacher(scores, truth))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -241,8 +253,10 @@ def normalised(x: Any, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
 # --- from a network to integers ---
 
 
-def quantise(network: Network, x: Any, *, calibration: str = "best", percentile: float = 99.9) -> Quantised:
-    """The network in int8, with the ranges of what flows through it taken from rows of raw features.
+def quantise(
+    network: Network, x: Any, *, calibration: str = "best", percentile: float = 99.9, on_scale: bool = False
+) -> Quantised:
+    """The network in int8, with the ranges of what flows through it taken from rows of features.
 
     Parameters
     ----------
@@ -250,9 +264,10 @@ def quantise(network: Network, x: Any, *, calibration: str = "best", percentile:
     x : (n, k) raw features like those it will meet, such as some hundred rows of the training part.
     calibration : "min-max" takes the whole range that was seen. "percentile" leaves out what lies beyond the
         percentile and its mirror, which may cost outliers and makes steps finer. "best" tries min-max and several
-        percentiles on three quarters of the rows and takes the one whose logits have the smallest KL divergence from
-        those of the float network, on the other rows. Logits always keep their whole range: cutting it makes ties.
+        percentiles on three quarters of the rows, for the logits and for all before them in every combination, and
+        takes the one whose logits have the smallest KL divergence from those of the float network, on the other rows.
     percentile : of "percentile", from 50 to 100.
+    on_scale : whether x was normalised already, as the rows of a `Dataset` are.
 
     Raises
     ------
@@ -264,25 +279,34 @@ def quantise(network: Network, x: Any, *, calibration: str = "best", percentile:
         raise ArgumentError("quantise", "calibration", expected=expected, got=repr(calibration))
     if not 50 <= percentile <= 100:
         raise ArgumentError("quantise", "percentile", expected="from 50 to 100", got=repr(percentile))
-    rows = normalised(x, network.mean, network.deviation)
+    plain = np.zeros_like(network.mean), np.ones_like(network.deviation)
+    rows = normalised(x, *(plain if on_scale else (network.mean, network.deviation)))
     if not len(rows):
         raise ShapeError("quantise", "x", expected="a row of features at least", got="none")
-    shares = {"min-max": (100.0,), "percentile": (percentile,), "best": (100.0, *PERCENTILES)}[calibration]
-    measured = np.arange(len(rows)) % HELD_BACK == HELD_BACK - 1
-    if calibration != "best" or not measured.any():
-        seen = judged = rows
-    else:
-        seen, judged = rows[~measured], rows[measured]
-    flows, truth = _flows(network, seen), _flows(network, judged)[-1].product
+    shares = {"min-max": (WHOLE,), "percentile": (percentile,), "best": (WHOLE, *PERCENTILES)}[calibration]
+    judged = np.arange(len(rows)) % HELD_BACK == HELD_BACK - 1
+    if calibration != "best" or not judged.any():
+        return _best(network, rows, rows, shares)
+    return _best(network, rows[~judged], rows[judged], shares)
+
+
+def _best(network: Network, seen: np.ndarray, judged: np.ndarray, shares: Sequence[float]) -> Quantised:
+    """The network with the ranges of `seen` rows, of those shares of them the one that does best on `judged` rows."""
+    flows = _flows(network, seen)
+    ranges = {share: _ranges(network, seen, flows, share) for share in shares}
     found: list[Quantised] = []
-    for share in shares:
-        candidate = _quantised(network, seen, flows, share)
-        scores = candidate.output.dequantise(candidate.integers(candidate.input.quantise(judged)))
-        divergence = metrics.kl_to_teacher(scores, truth)
-        found.append(_with_figures(candidate, _name(share), divergence))
+    for share, of_logits in itertools.product(shares, shares):
+        source, written = ranges[share]
+        layers = _layers(network, source, [*written[:-1], ranges[of_logits][1][-1]])
+        name = _name(share) + ("" if of_logits == share else f", logits {_name(of_logits)}")
+        candidate = Quantised(layers, network.mean, network.deviation, network.class_names, name)
+        found.append(candidate.measured(network, judged))
     best = min(found, key=lambda candidate: candidate.divergence)
-    tried = tuple((candidate.calibration, candidate.divergence) for candidate in found)
-    return Quantised(best.layers, best.mean, best.deviation, best.class_names, best.calibration, best.divergence, tried)
+    return replace(best, tried=tuple((candidate.calibration, candidate.divergence) for candidate in found))
+
+
+def _name(share: float) -> str:
+    return "min-max" if share == WHOLE else f"percentile {share:g}"
 
 
 class _Flow(NamedTuple):
@@ -296,56 +320,51 @@ def _flows(network: Network, rows: np.ndarray) -> list[_Flow]:
     """What every layer makes of normalised rows; ArgumentError where that is not finite."""
     found: list[_Flow] = []
     for number, layer in enumerate(network.layers):
-        product = np.asarray(F.linear(rows, layer.weight, layer.bias))
-        rows = product if not layer.activation else np.asarray(getattr(F, layer.activation)(product))
+        with np.errstate(over="ignore", invalid="ignore"):
+            product = np.asarray(F.linear(rows, layer.weight, layer.bias))
         if not np.isfinite(product).all():
             fix = "Look for NaN and infinity in the features, and for weights that have diverged."
             expected = "finite for all rows of the calibration"
-            raise ArgumentError(
-                "quantise", f"the output of layer {number}", expected=expected, got="NaN or inf", fix=fix
-            )
+            got = "NaN or infinity"
+            raise ArgumentError("quantise", f"the output of layer {number}", expected=expected, got=got, fix=fix)
+        rows = np.asarray(getattr(F, layer.activation)(product)) if layer.activation else product
         found.append(_Flow(product, rows))
     return found
 
 
-def _name(share: float) -> str:
-    return "min-max" if share == 100 else f"percentile {share:g}"
-
-
-def _with_figures(q: Quantised, calibration: str, divergence: float) -> Quantised:
-    return Quantised(q.layers, q.mean, q.deviation, q.class_names, calibration, divergence)
-
-
-def _quantised(network: Network, rows: np.ndarray, flows: Sequence[_Flow], share: float) -> Quantised:
-    """The network with ranges that hold this share of what was seen, in per cent."""
-    layers: list[QuantisedLayer] = []
-    source = Affine.of(*_range(rows, share))
-    for layer, flow in zip(network.layers, flows, strict=True):
-        last = len(layers) == len(network.layers) - 1
-        layers.append(_layer(layer, source, flow, 100.0 if last else share))
-        source = layers[-1].output
-    return Quantised(tuple(layers), network.mean, network.deviation, network.class_names)
-
-
 def _range(values: np.ndarray, share: float) -> tuple[float, float]:
     """Between which numbers this share of the values lies, in per cent: from its mirror to that percentile."""
-    if share == 100:
+    if share == WHOLE:
         return float(values.min()), float(values.max())
     low, high = np.percentile(values, [100 - share, share])
     return float(low), float(high)
 
 
-def _layer(layer: Layer, source: Affine, flow: _Flow, share: float) -> QuantisedLayer:
-    """A layer whose inputs are written as `source`, with the ranges of what it gave."""
-    table, curve = None, _CURVES.get(layer.activation)
-    if curve is None:
+def _ranges(
+    network: Network, rows: np.ndarray, flows: Sequence[_Flow], share: float
+) -> tuple[Affine, list[tuple[Affine, Affine]]]:
+    """How inputs are written, and of each layer the product and the result, with this share of what was seen."""
+    found: list[tuple[Affine, Affine]] = []
+    for layer, flow in zip(network.layers, flows, strict=True):
         product = output = Affine.of(*_range(flow.result, share))
-    else:
-        low, high = _range(flow.product, share)
-        least, most = BENDS[layer.activation]
-        product, output = Affine.of(max(low, least), min(high, most)), Affine.of(*_range(flow.result, share))
-        every = np.arange(LOWEST, HIGHEST + 1)
-        table = output.quantise(curve(product.scale * (every - product.zero).astype(np.float64)))
+        if layer.activation in BENDS:
+            low, high = _range(flow.product, share)
+            least, most = BENDS[layer.activation]
+            product = Affine.of(max(low, least), min(high, most))
+        found.append((product, output))
+    return Affine.of(*_range(rows, share)), found
+
+
+def _layers(network: Network, source: Affine, ranges: Sequence[tuple[Affine, Affine]]) -> tuple[QuantisedLayer, ...]:
+    """The layers in integers, where inputs, products and results are written as these say."""
+    found: list[QuantisedLayer] = []
+    for layer, (product, output) in zip(network.layers, ranges, strict=True):
+        found.append(_layer(layer, source, product, output))
+        source = output
+    return tuple(found)
+
+
+def _layer(layer: Layer, source: Affine, product: Affine, output: Affine) -> QuantisedLayer:
     weight_scale = _weight_scale(layer, source)
     steps = source.scale * weight_scale.astype(np.float64)
     multiplier, shift = fixed_point(steps / product.scale)
@@ -358,9 +377,17 @@ def _layer(layer: Layer, source: Affine, flow: _Flow, share: float) -> Quantised
         product=product,
         multiplier=multiplier,
         shift=shift,
-        table=table,
+        table=_table(layer.activation, product, output),
         output=output,
     )
+
+
+def _table(activation: str, product: Affine, output: Affine) -> np.ndarray | None:
+    """The result of each product from -128 to 127, (256,) int8; None for activations that need none."""
+    if activation not in BENDS:
+        return None
+    every = product.scale * (np.arange(LOWEST, HIGHEST + 1) - product.zero).astype(np.float64)
+    return output.quantise(getattr(F, activation)(every))
 
 
 def _weight_scale(layer: Layer, source: Affine) -> np.ndarray:

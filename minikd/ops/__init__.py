@@ -12,6 +12,7 @@ from minikd.ops import (
     losses,
     pictures,
     predictions,
+    quantisation,
     random,
     reductions,
     rows,
@@ -25,5 +26,5 @@ __all__ = ["OPS", "Argument", "Op", "Shape"]
 
 _SUBJECTS = (
     *(elementwise, shapes, reductions, linear, rows, losses, divergences, linear_losses, predictions, teacher),
-    *(random, pictures, updates),
+    *(random, pictures, quantisation, updates),
 )

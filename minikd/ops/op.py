@@ -89,6 +89,8 @@ class Op:
     example : ``example(rng, dtype) -> [(inputs, attrs), …]``, legal inputs, the awkward ones among them.
     flops : ``flops(*sizes)``, the operations of forward on numbers where they are not one for each element that is
         written; vjp takes as many for each gradient of a matrix.
+    surrogate : the function of forward's arguments whose derivative vjp is, where forward itself has none that is of
+        use because it rounds.
     analytic : forward also accepts complex arrays, so that a complex step gives its derivative to full precision.
     source : where the formula is from.
     """
@@ -105,6 +107,7 @@ class Op:
     attrs: dict[str, Any] = field(default_factory=dict)
     shape: Callable[[Sequence[Shape | None], dict[str, Any]], Iterable[Shape]] | None = None
     flops: Callable[..., int] | None = None
+    surrogate: Callable[..., None] | None = None
     analytic: bool = False
     source: str = ""
 
