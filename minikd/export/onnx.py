@@ -1,7 +1,7 @@
 """Networks in ONNX files: raw features in, logits, probabilities and a label out.
 
 An int8 network is written in the form called QDQ: whatever it holds as int8 goes through QuantizeLinear and
-DequantizeLinear, with operators of float32 in between, so the file says the same on every runtime.
+DequantizeLinear, with operators of float32 in between, which a runtime may then compute in integers.
 
 Source: the operators and the format of the ONNX project, opsets 13 and 17.
 """
@@ -43,6 +43,10 @@ def to_onnx(source: Module | Network | Quantised, path: str | os.PathLike[str], 
     `label` (n,) int64, the first of the most probable classes. The scale of the features is folded into the first
     layer, or stands before it as Sub and Div where a mean is more than 8 deviations from 0, which float32 weights
     would not hold well. The names of the classes are in the metadata, as a JSON list under `class_names`.
+
+    An int8 file gives what the integers of `Quantised` give, within a step but for a logit in a thousand. On x86
+    processors without VNNI that asks for onnxruntime's session option `session.x64quantprecision` to be "1", or sums of
+    its own integers may saturate.
 
     Parameters
     ----------
@@ -191,11 +195,11 @@ def _quantised_layer(graph: _Graph, x: str, layer: QuantisedLayer, name: str, ou
 def _of_integers(graph: _Graph, name: str, values: np.ndarray, scale: np.ndarray) -> str:
     """A tensor held in integers, with a scale for each of its first axis.
 
-    Zero points of 0 are left out: beside weights that have them, onnxruntime computes products of int8 as uint8 times
-    int8, and its manual warns that those sums saturate on x86 processors without VNNI.
+    The zero points are all 0, which is what missing ones mean; but onnxruntime 1.17 to 1.22 fails without them.
     """
-    integers = graph.constant(f"{name}.integers", values, values.dtype)
-    return graph.add("DequantizeLinear", (integers, graph.constant(f"{name}.scale", scale)), name, axis=0)
+    integers, scales = graph.constant(f"{name}.integers", values, values.dtype), graph.constant(f"{name}.scale", scale)
+    zeros = graph.constant(f"{name}.zero", np.zeros(len(values)), values.dtype)
+    return graph.add("DequantizeLinear", (integers, scales, zeros), name, axis=0)
 
 
 def _in_int8(graph: _Graph, x: str, form: Affine, output: str) -> str:
