@@ -406,3 +406,18 @@ def test_an_installation_may_be_staged_elsewhere(built: Path, tmp_path: Path) ->
     text = (tmp_path / "usr" / "lib64" / "pkgconfig" / "minikd.pc").read_text()
     assert text.startswith("prefix=/usr\nlibdir=/usr/lib64\nincludedir=/usr/include\n")
     assert (tmp_path / "usr" / "include" / "minikd.h").exists()
+
+
+def test_the_program_of_the_page_runs(built: Path, tmp_path: Path) -> None:
+    (code,) = re.findall(r"```c\n(.*?)```", (ROOT / "docs" / "library.md").read_text("utf-8"), re.DOTALL)
+    (tmp_path / "program.c").write_text(code, "utf-8")
+    options = ["-std=c99", "-Wall", "-Wextra", "-Werror", f"-I{HEADER.parent}", "-o", tmp_path / "program"]
+    libraries = [built / "build" / "libminikd.a", "-lm", "-pthread"]
+    run("cc", *options, tmp_path / "program.c", *libraries)
+    model = network((4, 5, 3))
+    model.class_names = ("setosa", "versicolor", "virginica")
+    kd.save(tmp_path / "student.safetensors", model)
+    done = subprocess.run([str(tmp_path / "program")], capture_output=True, text=True, check=True, cwd=tmp_path)
+    x = np.array([[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]], np.float32)
+    shares = model.predict_proba(x)
+    assert done.stdout == "".join(f"{model.class_names[row.argmax()]}: {row.max():.3f}\n" for row in shares)
