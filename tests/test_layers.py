@@ -51,6 +51,7 @@ LAYERS = {
     "metrics": 7,
     "export": 8,
     "report": 8,
+    "runtime": 8,
     "bench": 9,
     "cli": 9,
     "labelling": 9,
