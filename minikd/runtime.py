@@ -97,14 +97,15 @@ def _model(data: bytes, start: int, header: Any) -> Model:
         _check(np.isfinite(tensors[name]).all() and (name != SCALE[1] or tensors[name].min() > 0), name)
     text = json.dumps(expected, separators=(",", ":"), ensure_ascii=False).encode()
     _check(text + b" " * (-len(text) % 8) == data[8:start] and place == len(data), "the header or the file's length")
-    names = json.loads(about.get("class_names", "null"))
-    right = "class_names" not in about or [type(n) for n in names] == [str] * layers[-1]["outputs"]
-    _check(right and json.dumps(names, ensure_ascii=False) == about.get("class_names", "null"), "class_names")
+    count = layers[-1]["outputs"] if "class_names" in about else 0
+    names = json.loads(about.get("class_names", "[]"))
+    _check([type(names), *map(type, names)] == [list] + [str] * count, "class_names")
+    _check(json.dumps(names, ensure_ascii=False) == about.get("class_names", "[]"), "class_names")
     seal = about["sha256"].encode().ljust(64)
     digest = hashlib.sha256(data[:start].replace(seal, b"0" * 64) + data[start:]).hexdigest()
     _check(digest == about["sha256"], "sha256, or what it is of,")
     parts = [(tensors[f"{y['name']}.weight"], tensors[f"{y['name']}.bias"], y["activation"]) for y in layers]
-    return Model(parts, [tensors[name] for name in SCALE if name in tensors], names and tuple(names))
+    return Model(parts, [tensors[name] for name in SCALE if name in tensors], tuple(names) or None)
 
 
 def _layers(header: Any, text: str) -> list[dict[str, Any]]:

@@ -91,7 +91,7 @@ def change_tree(tree: Any, rng: random.Random) -> None:
     value = container[key]
     kind = rng.randrange(6)
     if kind == 0:
-        container[key] = rng.choice(NASTY)
+        container[key] = copy.deepcopy(rng.choice(NASTY))
     elif kind == 1 and type(value) is int:
         container[key] = value + rng.choice((-4, -1, 1, 4, 8))
     elif kind == 2:
