@@ -34,6 +34,7 @@ _PUBLIC = {
     "objectives": "minikd.objectives",
     "ops": "minikd.ops",
     "optim": "minikd.optim",
+    "runtime": "minikd.runtime",
     "schedules": "minikd.schedules",
     "store": "minikd.store",
     "teachers": "minikd.teachers",

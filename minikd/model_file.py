@@ -177,11 +177,12 @@ def _parsed(about: dict[str, str], name: str, refuse: Refuse) -> Any:
         raise refuse(f"the metadata's {name}", "JSON with different names", error) from error
 
 
-def _number(about: dict[str, str], name: str, refuse: Refuse) -> float:
+def _number(about: dict[str, str], name: str, refuse: Refuse, kind: Callable[[str], Any] = float) -> Any:
     try:
-        return float(about.get(name, "nothing"))
+        return kind(about.get(name, "nothing"))
     except ValueError as error:
-        raise refuse(f"the metadata's {name}", "a number", about.get(name, "nothing")) from error
+        expected = "a whole number" if kind is int else "a number"
+        raise refuse(f"the metadata's {name}", expected, about.get(name, "nothing")) from error
 
 
 def _check_chain(layers: Sequence[_Layer], refuse: Refuse) -> None:
@@ -229,20 +230,16 @@ def _rebuild(layers: Sequence[_Layer], contents: Contents, refuse: Refuse) -> ML
     tensors, about = contents.tensors, contents.metadata
     sizes = [layers[0].inputs, *(layer.outputs for layer in layers)]
     values = [tensors[name] for layer in layers for name in layer.shapes]
+    numbers = {name: _number(about, name, refuse) for name in ("dropout", "input_dropout")}
+    seed = _number(about, "seed", refuse, int)
     try:
-        model = MLP(
-            sizes,
-            layers[0].activation or about.get("activation", "relu"),
-            dropout=_number(about, "dropout", refuse),
-            seed=int(about["seed"]),
-            input_dropout=_number(about, "input_dropout", refuse),
-            dtype=values[0].dtype,
-        )
-        model.load_state_dict(dict(zip(model.state_dict(), values, strict=True)))
-    except ModelFormatError:
-        raise
-    except (KeyError, ValueError, MinikdError) as error:
-        raise refuse("the metadata", "a description of an MLP", f"{type(error).__name__}: {error}") from error
+        # A version 1 file of a single layer still names an activation.
+        kind = layers[0].activation or about.get("activation", "relu")
+        model = MLP(sizes, kind, seed=seed, dtype=values[0].dtype, **numbers)
+    except (ValueError, MinikdError) as error:
+        expected = "what an MLP can have"
+        raise refuse("the metadata's activation, dropout, input_dropout and seed", expected, error) from error
+    model.load_state_dict(dict(zip(model.state_dict(), values, strict=True)))
     if "class_names" in about:
         names = _parsed(about, "class_names", refuse)
         if not isinstance(names, list) or len(names) != sizes[-1] or not all(isinstance(n, str) for n in names):

@@ -204,9 +204,9 @@ def test_a_seal_covers_every_byte(model: kd.nn.MLP, tmp_path: Path) -> None:
     seal = header_of(tmp_path / "m")["__metadata__"]["sha256"].encode()
     assert hashlib.sha256(data.replace(seal, b"0" * 64)).hexdigest() == seal.decode()
     for place in range(0, len(data), 7):
-        (tmp_path / "m").write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        (tmp_path / f"{place}").write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         with pytest.raises(ModelFormatError):
-            kd.load(tmp_path / "m")
+            kd.load(tmp_path / f"{place}")
 
 
 @pytest.mark.parametrize(("dropout", "input_dropout"), [(0.0, 0.0), (0.25, 0.0), (0.0, 0.1), (0.25, 0.1)])

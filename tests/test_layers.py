@@ -52,6 +52,7 @@ LAYERS = {
     "metrics": 7,
     "export": 8,
     "report": 8,
+    "runtime": 8,
     "bench": 9,
     "cli": 9,
     "exporting": 9,
