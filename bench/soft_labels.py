@@ -26,9 +26,9 @@ from minikd.bench.machine import describe
 from minikd.bench.report import machine_text
 from minikd.bench.suite import add_readme_option
 from minikd.data import Dataset
-from minikd.distillation import fit
 from minikd.nn import MLP
 from minikd.safetensors import write_whole
+from minikd.training import fit
 
 BATCH = 128
 LR = {30: 0.003}  # by the width of a student's first hidden layer

@@ -21,8 +21,8 @@ from soft_labels import Log, Material, spread
 from minikd import metrics
 from minikd.bench.report import markdown_table
 from minikd.bench.suite import script, update_readmes
-from minikd.distillation import compare
 from minikd.report.table import Table, show
+from minikd.verdict import compare
 
 TEMPERATURES = (1.0, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0)
 WEIGHTS = {"hard_weight": 0.1, "soft_weight": 0.9}

@@ -8,10 +8,14 @@
 #include "bias.inc.c"
 #include "dropout.inc.c"
 #include "losses.inc.c"
+/* and what stands on it */
+#include "divergences.inc.c"
+#include "pictures.inc.c"
 #include "predictions.inc.c"
 #include "products.inc.c"
 #include "shapes.inc.c"
 #include "softmax.inc.c"
+#include "teacher.inc.c"
 #include "updates.inc.c"
 
 const minikd_entry MINIKD_TABLE[] = {
@@ -27,6 +31,16 @@ const minikd_entry MINIKD_TABLE[] = {
     {"kl_div_vjp", kl_div_vjp},
     {"distillation_loss", distillation_loss},
     {"distillation_loss_vjp", row_loss_vjp},
+    {"reverse_kl", reverse_kl},
+    {"reverse_kl_vjp", row_loss_vjp},
+    {"jensen_shannon", jensen_shannon},
+    {"jensen_shannon_vjp", row_loss_vjp},
+    {"skewed_kl", skewed_kl},
+    {"skewed_kl_vjp", row_loss_vjp},
+    {"decoupled_kd", decoupled_kd},
+    {"decoupled_kd_vjp", row_loss_vjp},
+    {"standardised_kl", standardised_kl},
+    {"standardised_kl_vjp", row_loss_vjp},
     {"bias", bias},
     {"bias_vjp", bias_vjp},
     {"bias_relu", bias_relu},
@@ -51,8 +65,10 @@ const minikd_entry MINIKD_TABLE[] = {
     {"linear_gelu_vjp", linear_gelu_vjp},
     {"sgd_step", sgd_step},
     {"adam_step", adam_step},
+    {"clip_norm", clip_norm},
     {"dropout", dropout},
     {"dropout_vjp", dropout_vjp},
+    {"shift_images", shift_images},
     {"take", take},
     {"take_vjp", take_vjp},
     {"take_scaled", take_scaled},
@@ -66,5 +82,7 @@ const minikd_entry MINIKD_TABLE[] = {
     {"set_scalar", set_scalar},
     {"argmax", argmax},
     {"correct_count", correct_count},
+    {"teacher_confidence", teacher_confidence},
+    {"corrected_logits", corrected_logits},
     {NULL, NULL},
 };

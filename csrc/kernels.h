@@ -29,6 +29,8 @@ typedef struct minikd_attributes {
     uint64_t seed;
     uint64_t stream;
     int64_t ignore_index;
+    int64_t width;
+    int64_t most;
     double label_smoothing;
     double momentum;
     double weight_decay;
@@ -36,11 +38,14 @@ typedef struct minikd_attributes {
     double beta2;
     double eps;
     double p;
+    double limit;
     enum minikd_reduction reduction;
     _Bool scale_t2;
     _Bool log_target;
     _Bool nesterov;
     _Bool decoupled;
+    _Bool continuous;
+    _Bool reverse;
 } minikd_attributes;
 
 typedef struct minikd_call minikd_call;

@@ -3,9 +3,10 @@
 #include "parallel.h"
 #include "rows.h"
 
-/* Nanoseconds that a parameter takes: measured for float with AVX-512 in the nearer caches. */
+/* Nanoseconds that a parameter takes: measured for float with AVX-512 in the nearer caches; SQUARE_NS for both. */
 #define SGD_NS (0.13 / 4 * sizeof(real))
 #define ADAM_NS (0.31 / 4 * sizeof(real))
+#define SQUARE_NS 0.10
 
 static void sgd_part(void *shared, int64_t first, int64_t end)
 {
@@ -72,6 +73,45 @@ static int64_t adam_step(const minikd_call *call)
 {
     const int64_t k = call->size[0];
     minikd_parallel(adam_part, (void *)call, k, minikd_grain(k, ADAM_NS, LANES));
+    return MINIKD_DONE;
+}
+
+/* What the squares of a gradient are added up from, and their sum in each range. */
+typedef struct {
+    const real *g;
+    int64_t grain;
+    double partial[MINIKD_RANGES];
+} squares;
+
+static void squares_part(void *shared, int64_t first, int64_t end)
+{
+    squares *job = shared;
+    const real *g = job->g;
+    const int64_t whole = end - (end - first) % LANES;
+    double lane[LANES] = {0}, rest = 0;
+    for (int64_t j = first; j < whole; j += LANES) {
+        SIMD
+        for (int l = 0; l < LANES; l++) {
+            const double gl = g[j + l];
+            lane[l] += gl * gl;
+        }
+    }
+    for (int64_t j = whole; j < end; j++)
+        rest += (double)g[j] * (double)g[j];
+    job->partial[first / job->grain] = across(lane) + rest;
+}
+
+/* g *= min(1, limit / ‖g‖); a norm that is not finite scales nothing */
+static int64_t clip_norm(const minikd_call *call)
+{
+    const int64_t k = call->size[0];
+    squares job;
+    job.g = call->buffer[0];
+    job.grain = minikd_grain(k, SQUARE_NS, LANES);
+    minikd_parallel(squares_part, &job, k, job.grain);
+    const double norm = sqrt(in_order(job.partial, k, job.grain)), factor = call->attribute.limit / norm;
+    if (norm > call->attribute.limit && norm <= DBL_MAX)
+        return scaled(call->buffer[0], call->buffer[0], &factor, k);
     return MINIKD_DONE;
 }
 

@@ -35,7 +35,9 @@ _PUBLIC = {
     "ops": "minikd.ops",
     "optim": "minikd.optim",
     "schedules": "minikd.schedules",
+    "store": "minikd.store",
     "teachers": "minikd.teachers",
+    "training": "minikd.training",
 }
 
 __all__ = ["__version__", *_PUBLIC]

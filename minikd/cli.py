@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -20,15 +21,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import minikd
-from minikd import bench
+from minikd import bench, labelling
 from minikd.data.sources import NAMED
-from minikd.distillation import DistillResult, Experiment, Settings, full_sizes, parameters_of
-from minikd.errors import MinikdError
+from minikd.distillation import DistillResult, Experiment
+from minikd.errors import ArgumentError, MinikdError
 from minikd.kernels import current_backend
+from minikd.objectives import PRESETS
 from minikd.report import RunFolder, Table, Watcher, environment_table, from_toml, results_table, show, verdicts, watch
-from minikd.report.config import LAYERS, OUT, setting_types
+from minikd.report.config import LAYERS, OUT, TEACHER, setting_types
+from minikd.report.folder import CHECKPOINTS, CONFIG
 from minikd.report.progress import training_in_words
 from minikd.report.table import show_sentence
+from minikd.report.weighing import show_weighings
+from minikd.settings import SCHEDULED, Settings, sizes_from_text
+from minikd.weighing import warnings_of, weigh_first_epoch
 
 OK, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141  # exit codes; the last two are 128 + the signal, as in a shell
 
@@ -40,11 +46,18 @@ MOST_SEEDS = 1000
 
 def read_layers(text: str) -> tuple[int, ...]:
     """Layer sizes from "256-256" or "256,256"; "none" is no hidden layer."""
-    if text.strip().lower() == "none":
-        return ()
-    if not re.fullmatch(r"\s*\d+(\s*[-,x]\s*\d+)*\s*", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"must be layer sizes such as 256-256, or none; got {text!r}")
-    return tuple(int(size) for size in re.findall(r"\d+", text))
+    try:
+        return sizes_from_text(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def read_teacher(text: str) -> tuple[int, ...] | str:
+    """Layer sizes where the text is such, else the name of a teacher."""
+    try:
+        return sizes_from_text(text)
+    except ValueError:
+        return text
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
@@ -105,12 +118,16 @@ TEXTS: dict[Any, Text] = {
     float: Text("X", _read_number(float, "a number"), lambda value: f"{value:g}"),
     bool: Text("true|false", _read_flag, lambda value: str(value).lower()),
     LAYERS: Text("SIZES", read_layers, layers_in_words),
+    TEACHER: Text("TEACHER", read_teacher, lambda value: value if isinstance(value, str) else layers_in_words(value)),
 }
 # Settings whose text is not that of their type, and what their help says beyond the setting's own.
 SPECIAL = {"seeds": Text("SEEDS", read_seeds, seeds_in_words)}
 MORE_HELP = {
-    "teacher": "256-256 or 256,256, none for no hidden layer, or all layers with features and classes: 64-256-256-10",
-    "student": "written as the teacher's",
+    "teacher": "layers as 256-256 or 256,256, none for no hidden layer, or all of them with features and classes: "
+    "64-256-256-10; a file: .onnx, .safetensors, .npz, .npy or .csv, the folder of a store, with --allow-pickle also "
+    ".joblib and .pkl; rf, gbt and mlp are trained by scikit-learn",
+    "preset": f"{', '.join(PRESETS)}; with other values: --objective \"preset('keras', alpha=0.2)\"",
+    "student": "layers written as the teacher's",
     "seeds": "a list of seeds and ranges: 0-4, or 0,1,7; a single number is that one seed",
 }
 
@@ -129,10 +146,16 @@ def distill_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--config", metavar="FILE.toml", help="settings from a file, named as the options are, with _")
     output.add_argument("--out", metavar="FOLDER", default="", help="for the results (default: runs/DATA-DATE-TIME)")
     output.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in the folder")
+    output.add_argument("--resume", metavar="FOLDER", help="go on with a run that was stopped, with its own settings")
+    output.add_argument("--allow-pickle", action="store_true", help="read a pickled teacher, which runs its code")
+    output.add_argument("--tensorboard", action="store_true", help="also write the history as TensorBoard events")
     output.add_argument("--quiet", action="store_true", help="no progress and no table, the verdict alone")
-    group = parser.add_argument_group(
-        "settings", "An option wins over the file of --config, and that over the default."
-    )
+    setting_options(parser, "--config")
+
+
+def setting_options(parser: argparse.ArgumentParser, file: str) -> None:
+    """One option for each setting; `file` is how the command calls the file that they win over."""
+    group = parser.add_argument_group("settings", f"An option wins over the file of {file}, and that over the default.")
     types = setting_types()
     for field in dataclasses.fields(Settings):
         text = SPECIAL.get(field.name, TEXTS[types[field.name]])
@@ -163,17 +186,44 @@ def read_settings(options: argparse.Namespace) -> tuple[Settings, dict[str, str]
     origins |= {name: f"{options.config}: {name}" for name in from_file}
     origins |= {name: option_name(name) for name in given}
     settings = Settings(**{**from_file, **given})
-    if settings.data.lower() not in NAMED and Path(settings.data).exists():
-        settings = dataclasses.replace(settings, data=str(Path(settings.data).absolute()))  # for config.toml's sake
-    return settings, origins
+    data = None if settings.data.lower() in NAMED else settings.data
+    paths: dict[str, Any] = {"data": data, "teacher": settings.teacher}
+    for name, path in paths.items():
+        if isinstance(path, str) and path and Path(path).exists():
+            paths[name] = str(Path(path).absolute())  # for config.toml's sake
+    return dataclasses.replace(settings, **{name: path for name, path in paths.items() if path is not None}), origins
+
+
+def take_up(options: argparse.Namespace) -> RunFolder:
+    """The folder of --resume, whose config.toml takes the place of all other settings.
+
+    Raises
+    ------
+    ArgumentError : settings were given beside it.  OutputError : there is no run in the folder, or a complete one.
+    """
+    beside = [field.name for field in dataclasses.fields(Settings) if hasattr(options, field.name)]
+    beside += [name for name in ("config", "out", "overwrite") if getattr(options, name)]
+    if beside:
+        fix = "A run goes on with the settings that it began with, which are in its config.toml."
+        expected = "left out beside --resume"
+        raise ArgumentError("minikd distill", option_name(beside[0]), expected=expected, got="both", fix=fix)
+    folder = RunFolder(options.resume)
+    folder.resume()
+    options.config, options.out = str(folder.path / CONFIG), options.resume
+    return folder
 
 
 # Where an error is raised, and the argument that it names → the setting that it is about.
-SETTING_OF = {("data.load", "source"): "data", ("use_backend", "name"): "backend"}
+SETTING_OF = {
+    ("data.load", "source"): "data",
+    ("use_backend", "name"): "backend",
+    ("as_teacher", "x"): "teacher",
+    ("distill", "teacher"): "teacher",
+}
 
 
 @contextmanager
-def naming(origins: dict[str, str]) -> Iterator[None]:
+def naming(origins: dict[str, str], command: str = "minikd distill") -> Iterator[None]:
     """An error about a setting names the option or the key of the file that it came from."""
     try:
         yield
@@ -182,20 +232,28 @@ def naming(origins: dict[str, str]) -> Iterator[None]:
         if setting not in origins:
             raise
         described = {"expected": error.expected, "got": error.got, "fix": error.fix}
-        raise type(error)("minikd distill", origins[setting], **described) from error
+        raise type(error)(command, origins[setting], **described) from error
 
 
 def distill(options: argparse.Namespace) -> int:
     """Train, write the folder, and print the table and the verdict."""
     began = time.monotonic()
+    resumed = take_up(options) if options.resume else None
     settings, origins = read_settings(options)
-    folder = RunFolder(options.out, options.overwrite) if options.out else RunFolder.fresh(settings.data)
+    fresh = RunFolder(options.out, options.overwrite) if options.out else RunFolder.fresh(settings.data)
+    folder = resumed or fresh
+    folder.tensorboard = options.tensorboard
     watcher = watch(sys.stderr, options.quiet)
     with naming(origins):
         experiment = Experiment(
-            settings, on_progress=watcher, on_model=lambda: folder.write_results(experiment.result())
+            settings,
+            allow_pickle=options.allow_pickle,
+            on_progress=watcher,
+            on_model=lambda: folder.write_results(experiment.result()),
         )
-        folder.begin(experiment.settings)
+        if resumed is None:
+            folder.begin(experiment.settings)
+        experiment.keep_in(folder.path / CHECKPOINTS)
     introduce(experiment, options.quiet)
     interrupted = False
     try:
@@ -206,8 +264,10 @@ def distill(options: argparse.Namespace) -> int:
     result = experiment.result()
     folder.write_results(result)
     missing = draw(folder, result)
+    if result.complete:
+        experiment.forget_checkpoints()
     if interrupted:
-        print(f"\n{what_was_lost(result, watcher, folder)}", file=sys.stderr, flush=True)
+        print(f"\n{what_is_left(result, watcher, folder)}", file=sys.stderr, flush=True)
     conclude(result, folder, missing, options.quiet, time.monotonic() - began)
     return INTERRUPTED if interrupted else OK
 
@@ -224,36 +284,46 @@ def draw(folder: RunFolder, result: DistillResult) -> str:
 def introduce(experiment: Experiment, quiet: bool) -> None:
     """Say what is about to be trained."""
     settings, data = experiment.settings, experiment.dataset
-    teacher, student = (full_sizes(s, data.features, data.classes) for s in (settings.teacher, settings.student))
-    large, small = parameters_of(teacher), parameters_of(student)
     if quiet:
         return
+    done = f", {experiment.taken_up} of them done before" if experiment.taken_up else ""
     rows = ", ".join(f"{part} {count:,}" for part, count in data.sizes.items())
-    ratio = f", {large / small:.0f} times fewer" if large >= 2 * small else ""
+    large, small = experiment.parameters
+    ratio = f", {large / small:.0f} times fewer" if large and large >= 2 * small else ""
+    between = [("between", f"assistants {settings.assistants}")] if settings.assistants else []
+    between += [("between", f"{settings.generations} generations of students")] if settings.generations > 1 else []
+    schedules = [f"{name.replace('_', ' ')} {getattr(settings, name)}" for name in SCHEDULED if getattr(settings, name)]
     weights = f"hard weight {settings.hard_weight:g}, soft weight {settings.soft_weight:g}"
     lines = [
         ("data", f"{data.name}: {rows}; {data.features:,} features, {data.classes:,} classes"),
-        ("teacher", f"{layers_in_words(teacher)}, {large:,} parameters"),
-        ("student", f"{layers_in_words(student)}, {small:,} parameters{ratio}"),
-        ("loss", f"T = {settings.temperature:g}, {weights}"),
-        ("run", f"{experiment.trainings} trainings, {_seeds(settings.seeds)}, backend {current_backend()}"),
+        ("teacher", experiment.teacher_in_words()),
+        *between,
+        ("student", f"{layers_in_words(experiment.student_sizes)}, {small:,} parameters{ratio}"),
+        (
+            "loss",
+            str(experiment.objective)
+            if settings.objective or settings.preset
+            else ", ".join([f"T = {settings.temperature:g}", weights, *schedules]),
+        ),
+        ("run", f"{experiment.trainings} trainings{done}, {_seeds(settings.seeds)}, backend {current_backend()}"),
         ("steps", f"{settings.epochs} epochs in batches of {settings.batch_size}, {settings.optimizer}"),
     ]
     show(Table(("", ""), "<<", lines), sys.stdout)
     print(flush=True)
 
 
-def what_was_lost(result: DistillResult, watcher: Watcher, folder: RunFolder) -> str:
+def what_is_left(result: DistillResult, watcher: Watcher, folder: RunFolder) -> str:
     """After Ctrl-C: which seeds are complete, which are not, where the training was, and where the files are."""
     complete, wanted = result.report["seeds"], result.report["requested_seeds"]
-    lost = [seed for seed in wanted if seed not in complete]
+    left = [seed for seed in wanted if seed not in complete]
     parts = ["minikd distill: interrupted."]
     parts.append(f"Complete: {_seeds(complete)}." if complete else "No seed is complete, so there are no figures.")
-    if lost:
+    if left:
         last = watcher.last
         where = f", stopped at {training_in_words(last)}, epoch {last.epoch} of {last.epochs}" if last else ""
-        parts.append(f"Lost: {_seeds(lost)}{where}.")
-    return " ".join([*parts, f"{'What is complete' if complete else 'The history so far'} is in {folder.path}."])
+        parts.append(f"To do: {_seeds(left)}{where}.")
+    parts.append(f"{'What is complete' if complete else 'The history so far'} is in {folder.path}.")
+    return " ".join([*parts, f"Go on with: minikd distill --resume {shlex.quote(str(folder.path))}"])
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -277,6 +347,43 @@ def conclude(result: DistillResult, folder: RunFolder, missing: str, quiet: bool
     if missing:
         print(f"\n{missing}", file=out)
     print(f"\nTotal time: {seconds:.1f} s. Everything can be changed: minikd distill --help", file=out)
+
+
+# --- minikd explain ---
+
+
+def explain_options(parser: argparse.ArgumentParser) -> None:
+    """The settings, in a file or as options."""
+    parser.usage = "minikd explain [CONFIG.toml] [options]"
+    parser.set_defaults(out="")
+    what = "settings, such as the config.toml of a run; without it those of minikd distill"
+    parser.add_argument("config", metavar="CONFIG.toml", nargs="?", help=what)
+    parser.add_argument("--allow-pickle", action="store_true", help="read a pickled teacher, which runs its code")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no table, the warnings alone")
+    setting_options(parser, "CONFIG.toml")
+
+
+def explain(options: argparse.Namespace) -> int:
+    """Weigh the terms of the loss before the training of the first seed's student and after its first epoch."""
+    settings, origins = read_settings(options)
+    watcher = watch(sys.stderr, options.quiet)
+    with naming(origins, "minikd explain"):
+        settings.check()
+        settings = dataclasses.replace(settings, seeds=settings.seeds[:1], labels=0, generations=1)
+        experiment = Experiment(settings, allow_pickle=options.allow_pickle, on_progress=watcher)
+    introduce(experiment, options.quiet)
+    with watcher:
+        training, teacher, teacher_accuracy, alone_accuracy = experiment.rehearse(settings.seeds[0])
+    weighings, trouble = weigh_first_epoch(training)
+    if not options.quiet:
+        show_weighings(weighings, {teacher: teacher_accuracy, "student alone": alone_accuracy}, sys.stdout)
+    known = {"teacher_accuracy": teacher_accuracy, "student_accuracy": alone_accuracy}
+    found = [*trouble, *warnings_of(*weighings, **known, teacher=teacher)]
+    for sentence in found:
+        show_sentence("warning", f"Warning: {sentence}", sys.stdout)
+    if not found:
+        print("Nothing stands out.")
+    return OK
 
 
 # --- minikd info ---
@@ -312,9 +419,31 @@ examples:
   minikd distill
   minikd distill --student 32 --temperature 4 --labels 50 --seeds 0-9 --out runs/mine
   minikd distill --data measurements.csv --label-column kind
-  minikd distill --config runs/mine/config.toml --out runs/again""",
+  minikd distill --teacher model.onnx --student 32-16 --data measurements.csv
+  minikd distill --teacher rf --objective "HardLabels(0.1) + ReverseKL(0.9, temperature=2)"
+  minikd distill --config runs/mine/config.toml --out runs/again
+  minikd distill --resume runs/mine""",
         distill_options,
         distill,
+    ),
+    "explain": Command(
+        "weigh the terms of the loss against each other before a long training, and warn of usual mistakes",
+        """\
+examples:
+  minikd explain runs/mine/config.toml
+  minikd explain runs/mine/config.toml --temperature 20
+  minikd explain --data measurements.csv --objective "HardLabels(0.1) + ReverseKL(0.9, temperature=2)"
+
+It trains the teacher and, alone, the student of the first seed, and then a copy of the student for one epoch. Nothing
+is written.""",
+        explain_options,
+        explain,
+    ),
+    "label": Command(
+        "keep a teacher's logits of every row of a data set, for many distillations",
+        labelling.EXAMPLE,
+        labelling.add_arguments,
+        labelling.run,
     ),
     "bench": Command(
         "time the kernels beside PyTorch, JAX, SciPy and NumPy",

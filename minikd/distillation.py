@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
+import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,323 +26,37 @@ import numpy as np
 import minikd
 from minikd import functional as F
 from minikd import metrics
+from minikd.augmentation import Shift
 from minikd.bias import correct_bias
-from minikd.data import Dataset, batches, load
+from minikd.checkpoints import Checkpoints
+from minikd.data import Dataset, load
 from minikd.errors import ArgumentError, ShapeError
-from minikd.kernels import BACKENDS, as_index, current_backend, use_backend
-from minikd.kernels.threads import blas_threads_for
-from minikd.nn import MLP, ROWS_AT_A_TIME, Module
-from minikd.ops.elementwise import ACTIVATIONS
-from minikd.optim import OPTIMIZERS, SCHEDULES, Optimizer
-from minikd.steps import Step, compile
+from minikd.kernels import current_backend, use_backend
+from minikd.nn import MLP, Module
+from minikd.objectives import HardLabels, Objective
+from minikd.peers import Peers
+from minikd.settings import Settings, full_sizes
+from minikd.tape import no_grad
+from minikd.teachers import ModelTeacher, Teacher, as_teacher
+from minikd.teachers import trained as trained_teacher
+from minikd.teachers.estimators import TRAINERS
+from minikd.training import Epoch, StepReport, Training, fit
+from minikd.verdict import compare
 
-__all__ = ["DistillResult", "Experiment", "Progress", "Settings", "compare", "distill", "fit", "full_sizes"]
+__all__ = [
+    "DistillResult",
+    "Experiment",
+    "Progress",
+    "Rehearsal",
+    "Settings",
+    "compare",
+    "distill",
+    "fit",
+    "full_sizes",
+]
 
 UNLABELLED = -1  # the class id of a row without a label in a data set
-SECONDS_BETWEEN_REPORTS = 0.1
-
-
-# --- what a run depends on ---
-
-
-def option(default: Any, text: str) -> Any:
-    """One setting: its default and the sentence that --help and the configuration file print."""
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that one run depends on; the defaults were chosen on the validation part (see bench/README.md)."""
-
-    data: str = option("digits", "built-in name (digits, fashion-mnist), folder of IDX files, .npz or .csv file")
-    label_column: str = option("label", "name of the label column of a CSV file")
-    teacher: tuple[int, ...] = option((256, 256), "hidden layers of the teacher")
-    teacher_epochs: int = option(40, "passes of the teacher over the training part")
-    teacher_dropout: float = option(0.3, "probability of dropping a hidden unit of the teacher")
-    teacher_input_dropout: float = option(0.0, "probability of dropping an input of the teacher")
-    teacher_max_norm: float = option(0.0, "largest L2 norm of the weights into one unit of the teacher; 0 for none")
-    teacher_lr: float = option(0.002, "learning rate of the teacher at its start")
-    student: tuple[int, ...] = option((16,), "hidden layers of the student")
-    activation: str = option("relu", "relu, gelu, tanh or sigmoid, in both networks")
-    temperature: float = option(4.0, "softens teacher and student in the soft term; above 0")
-    hard_weight: float = option(0.5, "weight of the cross-entropy with the labels")
-    soft_weight: float = option(0.5, "weight of T²·KL(teacher ‖ student)")
-    labels: int = option(100, "rows that are labelled for the student in the second situation; 0 leaves it out")
-    epochs: int = option(60, "passes of the student over the training part")
-    batch_size: int = option(64, "rows in a batch; the default is lowered where there are fewer than 1,024 rows")
-    optimizer: str = option("adam", "sgd, nesterov (both with momentum 0.9), adam or adamw")
-    lr: float = option(0.003, "learning rate of the student at its start")
-    schedule: str = option("cosine", "of the learning rate: constant, step or cosine")
-    weight_decay: float = option(0.0, "weight decay of the student; 0 leaves adamw its own 0.01")
-    max_norm: float = option(0.0, "largest L2 norm of the weights into one unit of the student; 0 for none")
-    dropout: float = option(0.0, "probability of dropping a hidden unit of the student")
-    seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "one paired comparison for each")
-    split_seed: int = option(0, "of the division into training, validation and test part")
-    backend: str = option("", "c, numba or numpy; empty for the best that runs here")
-
-    def check(self) -> None:
-        """Refuse a setting outside its range, with an ArgumentError that names it."""
-        for name, (ok, expected) in _LIMITS.items():
-            value = getattr(self, name)
-            try:
-                fits = ok(value)
-            except TypeError:
-                fits = False
-            if not fits:
-                raise ArgumentError("settings", name, expected=expected, got=repr(value))
-        if self.hard_weight == 0 and self.soft_weight == 0:
-            expected, fix = "above 0 where the hard weight is 0", "One of the two must teach the student."
-            raise ArgumentError("settings", "soft_weight", expected=expected, got="0", fix=fix)
-
-
-def _count(least: int) -> tuple[Callable[[Any], bool], str]:
-    return lambda v: isinstance(v, int) and v >= least, f"a whole number from {least}"
-
-
-def _share() -> tuple[Callable[[Any], bool], str]:
-    return lambda v: 0 <= v < 1, "in [0, 1)"
-
-
-def _number(least: float, open_end: bool) -> tuple[Callable[[Any], bool], str]:
-    words = f"a finite number {'above' if open_end else 'from'} {least:g}"
-    return lambda v: math.isfinite(v) and (v > least or (not open_end and v == least)), words
-
-
-def _among(names: Sequence[str]) -> tuple[Callable[[Any], bool], str]:
-    return lambda v: v in names, "one of " + ", ".join(n or '""' for n in names)
-
-
-_SIZES = (lambda v: all(isinstance(s, int) and s >= 1 for s in v), "layer sizes, each a whole number from 1")
-_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "teacher": _SIZES,
-    "student": _SIZES,
-    "teacher_epochs": _count(1),
-    "teacher_dropout": _share(),
-    "teacher_input_dropout": _share(),
-    "teacher_max_norm": _number(0, False),
-    "teacher_lr": _number(0, True),
-    "activation": _among(tuple(ACTIVATIONS)),
-    "temperature": _number(0, True),
-    "hard_weight": _number(0, False),
-    "soft_weight": _number(0, False),
-    "labels": _count(0),
-    "epochs": _count(1),
-    "batch_size": _count(1),
-    "optimizer": _among(tuple(OPTIMIZERS)),
-    "lr": _number(0, True),
-    "schedule": _among(tuple(SCHEDULES)),
-    "weight_decay": _number(0, False),
-    "max_norm": _number(0, False),
-    "dropout": _share(),
-    "seeds": (lambda v: len(v) > 0 and len(set(v)) == len(v) and min(v) >= 0, "different whole numbers from 0"),
-    "split_seed": _count(0),
-    "backend": _among(("", *BACKENDS)),
-}
-
-
-def full_sizes(hidden: Sequence[int], features: int, classes: int) -> tuple[int, ...]:
-    """All layer sizes from the hidden ones; a list that begins with `features` and ends with `classes` is complete."""
-    sizes = tuple(hidden)
-    if len(sizes) >= 2 and sizes[0] == features and sizes[-1] == classes:
-        return sizes
-    return (features, *sizes, classes)
-
-
-# --- training one model ---
-
-
-class Epoch(NamedTuple):
-    """What `fit` says of a training, about ten times a second and at each epoch's end (`finished`)."""
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    loss: float
-    lr: float
-    finished: bool
-
-
-def endless_batches(rows: np.ndarray, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Batches of these row numbers, shuffled anew in each pass, for ever."""
-    epoch = 0
-    while True:
-        for picked in batches(len(rows), min(batch_size, len(rows)), seed=seed, epoch=epoch):
-            yield rows[picked]
-        epoch += 1
-
-
-def fit(
-    model: Module,
-    x: np.ndarray,
-    y: np.ndarray,
-    teacher_logits: np.ndarray | None = None,
-    *,
-    temperature: float = 4.0,
-    hard_weight: float = 0.5,
-    soft_weight: float = 0.5,
-    epochs: int = 60,
-    batch_size: int = 64,
-    optimizer: str = "adam",
-    lr: float = 0.003,
-    schedule: str = "cosine",
-    weight_decay: float = 0.0,
-    max_norm: float = 0.0,
-    seed: int = 0,
-    on_epoch: Callable[[Epoch], None] | None = None,
-) -> None:
-    """Train a model in place, on hard labels alone or with a teacher's logits.
-
-    Parameters
-    ----------
-    model : its parameters move into the optimizer's arena.
-    x : (n, k) network inputs.  y : (n,) class ids, -1 for rows without a label.
-    teacher_logits : (n, c), or None: then rows without a label are left out, and the steps are as many as if they
-        were there, so that a comparison is between equal budgets.
-    temperature, hard_weight, soft_weight : of the distillation loss; unused without a teacher.
-    epochs, batch_size : epochs·⌈n / batch_size⌉ steps.
-    optimizer, schedule : names in `optim.OPTIMIZERS` and `optim.SCHEDULES`.  lr : at the schedule's start.
-    weight_decay, max_norm : 0 for none; with "adamw" a weight decay of 0 leaves that optimizer's own default, 0.01.
-    seed : of the order of the rows.
-    on_epoch : told of the progress.
-
-    Raises
-    ------
-    ArgumentError : no row has a label and there is no teacher.  ShapeError : lengths differ.
-    """
-    if len(x) != len(y) or (teacher_logits is not None and len(teacher_logits) != len(x)):
-        got = f"{len(x)} and {len(y)}" + ("" if teacher_logits is None else f" and {len(teacher_logits)}")
-        raise ShapeError("fit", "x, y and teacher_logits", expected="of the same length", got=got)
-    rows = np.arange(len(x)) if teacher_logits is not None else np.flatnonzero(y != UNLABELLED)
-    if len(rows) == 0:
-        raise ArgumentError("fit", "y", expected="at least one label where there is no teacher", got="none")
-    per_epoch = math.ceil(len(x) / batch_size)
-    steps = epochs * per_epoch
-    decay = {"weight_decay": weight_decay} if weight_decay else {}
-    opt = OPTIMIZERS[optimizer](model.parameters(), lr, max_norm=max_norm or None, **decay)
-    factor = SCHEDULES[schedule](steps)
-    loss = {"temperature": temperature, "hard_weight": hard_weight, "soft_weight": soft_weight}
-    train = training_step(model, opt, x, y, teacher_logits, **loss)
-    told = time.monotonic()
-
-    def tell(epoch: int, within: int, total: float) -> None:
-        nonlocal told
-        finished = within == per_epoch
-        if on_epoch is not None and (finished or time.monotonic() - told > SECONDS_BETWEEN_REPORTS):
-            told = time.monotonic()
-            on_epoch(Epoch(epoch + 1, epochs, epoch * per_epoch + within, steps, total / within, opt.lr, finished))
-
-    model.train()
-    stream = endless_batches(rows, batch_size, seed)
-    with blas_threads_for(batch_size * max(p.size for p in model.parameters())):
-        for epoch in range(epochs):
-            within, total = 0, 0.0
-            for _, group in itertools.groupby(itertools.islice(stream, per_epoch), len):
-                picked = np.stack(list(group))
-                first = epoch * per_epoch + within
-                rates = np.array([lr * factor(k) for k in range(first, first + len(picked))])
-                for losses in train.portions(picked, rates):
-                    within, total = within + len(losses), total + float(losses.sum(dtype=np.float64))
-                    tell(epoch, within, total)
-    _warn_of_slow_steps(train)
-    model.eval()
-
-
-def training_step(
-    model: Module, opt: Optimizer, x: np.ndarray, y: np.ndarray, teacher_logits: np.ndarray | None, **weights: Any
-) -> Step:
-    """A compiled step of `fit`: of the row numbers of a batch and the learning rate it makes the loss.
-
-    Features, labels and the teacher's logits stay where they are; the step gathers those of its rows.
-    """
-    real = opt.arena.values.dtype
-    x, y = np.ascontiguousarray(x, real), np.ascontiguousarray(as_index("fit", "y", y))
-    soft = None if teacher_logits is None else np.ascontiguousarray(teacher_logits, real)
-
-    @compile(fallback=True)
-    def step(picked: Any, rate: Any) -> Any:
-        opt.lr = rate
-        logits, labels = model(F.take(x, picked)), F.take(y, picked)
-        if soft is None:
-            loss = F.cross_entropy(logits, labels)
-        else:
-            loss = F.distillation_loss(logits, F.take(soft, picked), labels, ignore_index=UNLABELLED, **weights)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        return loss
-
-    compiled: Step = step
-    return compiled
-
-
-def _warn_of_slow_steps(step: Step) -> None:
-    """Say if a model's step could not be replayed, since it costs its user time."""
-    if step.refusals:
-        warnings.warn(f"every step of this training ran without a plan. {step.refusals[0]}", stacklevel=3)
-
-
-# --- the verdict ---
-
-# Two-sided 95 % quantiles of Student's t for 1, 2, … 30 degrees of freedom.
-T_95 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-    2.086,
-    2.080,
-    2.074,
-    2.069,
-    2.064,
-    2.060,
-    2.056,
-    2.052,
-    2.048,
-    2.045,
-    2.042,
-)
-
-
-def t_quantile(degrees: int) -> float:
-    """The two-sided 95 % quantile of Student's t: tabled, and beyond the table the normal one with its first term."""
-    return T_95[degrees - 1] if degrees <= len(T_95) else 1.960 + 2.372 / degrees
-
-
-def compare(alone: Sequence[float], distilled: Sequence[float], resolution: float = 0.0) -> dict[str, Any]:
-    """The paired differences distilled - alone, their mean and 95 % t-interval, and the verdict that it allows.
-
-    "helped" or "hurt" where the interval leaves out 0, else "no clear difference"; "not enough seeds" below two.
-    The deviation is taken to be at least `resolution`, the accuracy that one row of the test part is worth: two seeds
-    that happen to gain the same few rows prove nothing.
-    """
-    differences = [float(d - a) for a, d in zip(alone, distilled, strict=True)]
-    n = len(differences)
-    mean = float(np.mean(differences)) if n else None
-    interval = None
-    verdict = "not enough seeds"
-    if n >= 2:
-        deviation = max(float(np.std(differences, ddof=1)), resolution)
-        half = t_quantile(n - 1) * deviation / math.sqrt(n)
-        interval = [float(np.mean(differences)) - half, float(np.mean(differences)) + half]
-        verdict = "helped" if interval[0] > 0 else "hurt" if interval[1] < 0 else "no clear difference"
-    difference = {"per_seed": differences, "mean": mean, "interval": interval, "confidence": 0.95}
-    return {"difference": difference, "verdict": verdict}
+ROWS_ASKED_AT_A_TIME = 8192  # of a teacher, so that the raw features of a large data set are never there as a whole
 
 
 # --- the experiment ---
@@ -354,23 +72,25 @@ class Progress(NamedTuple):
     epochs: int
     step: int
     steps: int
-    loss: float
+    loss: float | None
     accuracy: float | None
     trainings_done: int
     trainings: int
 
 
 TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student distilled"
+ASSISTANT, GENERATION, ENSEMBLE = "assistant", "generation", "ensemble of generations"
+GENERATION_SEED = 1000  # between the seeds of the initial weights of one generation and of the next
 
 
 @dataclass
 class Trained:
-    """One trained model and what was measured of it on the test part."""
+    """One trained model and what was measured of it on the test part; None where a teacher knows nothing of it."""
 
     model: Any
-    test_accuracy: float
-    test_nll: float
-    test_ece: float
+    test_accuracy: float | None = None
+    test_nll: float | None = None
+    test_ece: float | None = None
     agreement: float | None = None
     kl_to_teacher: float | None = None
 
@@ -383,6 +103,7 @@ class DistillResult:
     ----------
     student, teacher, student_alone : the models of the first seed; `student` is the distilled one. They take raw
         features in `predict`, `predict_proba` and `logits`. None where the run stopped before it had them.
+    teacher_on_validation : what the first seed's teacher says of the validation part (n, c), or None.
     report : the figures, as report.json holds them.
     history : one dict for each epoch of each training.
     dataset : what was trained on.  settings : what the run depended on.
@@ -397,6 +118,29 @@ class DistillResult:
     student: Any
     student_alone: Any
     complete: bool
+    teacher_on_validation: np.ndarray | None = None
+
+
+class Lesson(NamedTuple):
+    """What a network is taught besides the labels: a teacher's logits, and what its layers put out, of each row."""
+
+    logits: np.ndarray
+    features: dict[str, np.ndarray]
+
+
+class Rehearsal(NamedTuple):
+    """The distilled student of one seed before its first step, and what it can be compared with.
+
+    training : of the student by what teaches it; online, of teacher and student together.
+    teacher : the name of what teaches it: "teacher", or the last assistant's.
+    teacher_accuracy : of that on the validation part; None online, and where a table does not know those rows.
+    alone_accuracy : on the validation part, of the same student, trained on its labels alone; None if it was not.
+    """
+
+    training: Training
+    teacher: str
+    teacher_accuracy: float | None
+    alone_accuracy: float | None
 
 
 class Experiment:
@@ -406,12 +150,16 @@ class Experiment:
     ----------
     settings : see `Settings`.
     dataset : used in place of the one that settings.data names.
-    teacher : a trained Module, or a function from raw features (n, k) to logits (n, c); None trains one for each seed.
+    teacher : anything that `as_teacher` takes; None for what settings.teacher says: layer sizes, one of which is
+        trained for each seed, the name of a scikit-learn model (rf, gbt, mlp), likewise, or a file.
     student : a Module whose present weights all trainings begin with; None makes one for each seed from
         settings.student. The first distillation trains this very object.
+    objective : what the distilled student is trained on; None for what the settings say.
     alone : whether the student is also trained without the teacher, which the verdict needs.
+    allow_pickle : whether the teacher's file may be a pickle, which runs whatever code it holds.
     on_progress : called with a `Progress` about ten times a second and at each epoch's end.
     on_model : called without arguments after each trained model.
+    on_step : called with a `training.StepReport` for each step.
 
     Raises
     ------
@@ -425,9 +173,12 @@ class Experiment:
         dataset: Dataset | None = None,
         teacher: Any = None,
         student: Module | None = None,
+        objective: Objective | None = None,
         alone: bool = True,
+        allow_pickle: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
         on_model: Callable[[], None] | None = None,
+        on_step: Callable[[StepReport], None] | None = None,
     ) -> None:
         settings.check()
         if settings.backend:
@@ -438,16 +189,51 @@ class Experiment:
         labels, batch_size = _few_enough(settings.labels, dataset), _small_enough(settings.batch_size, dataset)
         settings = dataclasses.replace(settings, labels=labels, batch_size=batch_size)
         self.settings, self.dataset, self.alone = settings, dataset, alone
-        self._teacher: Any = teacher
+        self.objective = settings.make_objective() if objective is None else objective
+        self._given_teacher = teacher
+        self._teacher = self._find_teacher(allow_pickle)
         self._student: Any = student
         self._initial: Any = copy.deepcopy(student)
-        self._on_progress, self._on_model = on_progress, on_model
+        self._on_progress, self._on_model, self._on_step = on_progress, on_model, on_step
         self.history: list[dict[str, Any]] = []
         self._models: dict[tuple[str, str, int], Trained] = {}
         self._started = time.monotonic()
         self._seconds = 0.0
         self._check_models()
-        self._given_logits: tuple[np.ndarray, np.ndarray] | None = None
+        self._lesson: tuple[Lesson, np.ndarray | None] | None = None  # of a teacher that was given
+        self._teacher_on_validation: np.ndarray | None = None  # of the first seed
+        self._checkpoints: Checkpoints | None = None
+
+    def keep_in(self, folder: str | Path) -> None:
+        """Keep finished models and the training under way in a folder, and take up what is there already."""
+        self._checkpoints = Checkpoints(folder, every=self.settings.checkpoint_every, run=self._fingerprint())
+
+    @property
+    def taken_up(self) -> int:
+        """Trainings that were finished before, in the folder of `keep_in`."""
+        return 0 if self._checkpoints is None else self._checkpoints.count()
+
+    def forget_checkpoints(self) -> None:
+        """Remove what `keep_in` kept; for a run that is complete."""
+        if self._checkpoints is not None:
+            self._checkpoints.remove()
+
+    def _fingerprint(self) -> str:
+        """What the states of this run's trainings depend on, in one word."""
+        about = dataclasses.asdict(self.settings) | {"backend": current_backend(), "seeds": 0, "checkpoint_every": 0}
+        text = json.dumps([about, self.dataset.sha256, str(self.objective), self.alone], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _find_teacher(self, allow_pickle: bool) -> Teacher | None:
+        """The teacher that was given or that the settings name; None where one is trained for each seed."""
+        teacher, data = self._given_teacher, self.dataset
+        if teacher is None and isinstance(self.settings.teacher, str) and self.settings.teacher not in TRAINERS:
+            teacher = self.settings.teacher
+        if teacher is None:
+            return None
+        if isinstance(teacher, Module | Teacher) or (callable(teacher) and not hasattr(teacher, "predict_proba")):
+            return as_teacher(teacher, classes=data.classes)
+        return as_teacher(teacher, class_names=data.class_names, allow_pickle=allow_pickle)
 
     @property
     def situations(self) -> dict[str, int]:
@@ -458,8 +244,10 @@ class Experiment:
     @property
     def trainings(self) -> int:
         """How many models are trained in all."""
-        each = len(self.situations) * (2 if self.alone else 1) + (self._teacher is None)
-        return each * len(self.settings.seeds)
+        s = self.settings
+        links = s.generations + len(s.assistant_sizes())
+        own_teacher = self._teacher is None and s.mode == "offline"
+        return (len(self.situations) * (links + self.alone) + own_teacher) * len(s.seeds)
 
     def run(self) -> None:
         """Train everything; an exception or Ctrl-C passes through, and `result` then holds what was complete."""
@@ -471,77 +259,208 @@ class Experiment:
             self._seconds = time.monotonic() - self._started
 
     def _run_seed(self, seed: int) -> None:
-        data = self.dataset
-        teacher = self._make_teacher(seed)
-        on_train, on_test = self._soft_labels(teacher)
-        self._keep("", TEACHER, seed, teacher, on_test, None)
+        data, offline = self.dataset, self.settings.mode == "offline"
+        lesson, on_test = self._teach(seed) if offline else (None, None)
         for situation, labels in self.situations.items():
             y = data.few_labels(labels, seed) if labels else data.y_train
-            for name, soft in ((ALONE, None), (DISTILLED, on_train)):
-                if name == ALONE and not self.alone:
-                    continue
-                student = self._make_student(seed, first=name == DISTILLED and not labels)
-                self._train(situation, name, seed, student, y, soft)
-                self._keep(situation, name, seed, student, _logits(student, data.x_test), on_test)
+            if self.alone:
+                student = self._make_student(seed, first=False)
+                self._train(situation, ALONE, seed, student, y, None)
+                self._keep(situation, ALONE, seed, student, _logits(student, data.x_test), on_test)
+            student = self._make_student(seed, first=not labels)
+            if lesson is not None:
+                self._distil(situation, seed, student, y, lesson, on_test)
+            else:
+                self._learn_together(situation, seed, student, y)
+
+    def _teach(self, seed: int) -> tuple[Lesson, np.ndarray | None]:
+        """The teacher of a seed, made or given, and what it says of the training and of the test part."""
+        teacher = self._make_teacher(seed)
+        lesson, on_test = self._ask(teacher)
+        network = teacher.model if isinstance(teacher, ModelTeacher) else teacher
+        shown = network if self._given_teacher is None else self._given_teacher
+        self._keep("", TEACHER, seed, shown, on_test, None)
+        return lesson, on_test
+
+    def _distil(
+        self, situation: str, seed: int, student: Module, y: np.ndarray, lesson: Lesson, on_test: np.ndarray | None
+    ) -> None:
+        """Teacher to student, over the assistants and the earlier generations, each of which is the next one's teacher.
+
+        All of them are measured against the first teacher. Sources: Mirzadeh et al. 2020, "Improved knowledge
+        distillation via teacher assistant", sec. 3; Furlanello et al. 2018, "Born-again neural networks", sec. 3.
+        """
+        s, data = self.settings, self.dataset
+        links = self._assistants(seed)
+        for k in range(1, s.generations):
+            links.append((f"{GENERATION} {k}", self._make_student(seed + k * GENERATION_SEED, first=False)))
+        scores = []
+        for name, model in [*links, (DISTILLED, student)]:
+            self._train(situation, name, seed, model, y, lesson)
+            on_model = _logits(model, data.x_test)
+            self._keep(situation, name, seed, model, on_model, on_test)
+            if not name.startswith(ASSISTANT):
+                scores.append(F.softmax(on_model.astype(np.float64)))
+            if name != DISTILLED:
+                lesson = self._lesson_of(model)
+        if len(scores) > 1:
+            with np.errstate(divide="ignore"):
+                self._keep(situation, ENSEMBLE, seed, None, np.log(np.mean(scores, axis=0)), on_test)
+
+    def _learn_together(self, situation: str, seed: int, student: Module, y: np.ndarray) -> None:
+        """Teacher and student in one training; the report's teacher is that of the first situation."""
+        teacher = self._new_teacher(seed)
+        self._train(situation, DISTILLED, seed, Peers((teacher, student)), y, None)
+        on_test = _logits(teacher, self.dataset.x_test)
+        self._note_validation(teacher)
+        if ("", TEACHER, seed) not in self._models:
+            self._keep("", TEACHER, seed, teacher, on_test, None)
+        self._keep(situation, DISTILLED, seed, student, _logits(student, self.dataset.x_test), on_test)
+
+    def rehearse(self, seed: int) -> Rehearsal:
+        """Train all that comes before the distilled student of a seed, with all labels, but not that student itself."""
+        situation, y, on_test = "all labels", self.dataset.y_train, self.dataset.x_test
+        lesson = self._teach(seed)[0] if self.settings.mode == "offline" else None
+        alone_accuracy = None
+        if self.alone:
+            alone = self._make_student(seed, first=False)
+            self._train(situation, ALONE, seed, alone, y, None)
+            self._keep(situation, ALONE, seed, alone, _logits(alone, on_test), None)
+            alone_accuracy = self._validation_accuracy(alone)
+        student = self._make_student(seed, first=True)
+        if lesson is None:
+            peers = Peers((self._new_teacher(seed), student))
+            training = self._training(seed, peers, y, None, **self._as_a_student(peers, None))
+            return Rehearsal(training, TEACHER, None, alone_accuracy)
+        name, teacher = TEACHER, self._models["", TEACHER, seed].model if self._teacher is None else self._teacher
+        for name, assistant in self._assistants(seed):
+            self._train(situation, name, seed, assistant, y, lesson)
+            self._keep(situation, name, seed, assistant, _logits(assistant, on_test), None)
+            lesson, teacher = self._lesson_of(assistant), assistant
+        training = self._training(seed, student, y, lesson, **self._as_a_student(student, lesson))
+        return Rehearsal(training, name, self._validation_accuracy(teacher), alone_accuracy)
+
+    def _validation_accuracy(self, model: Any) -> float | None:
+        """Of a network or a teacher; None where it does not know the rows."""
+        data = self.dataset
+        if isinstance(model, Teacher) and not model.knows(data.rows_validation):
+            return None
+        return metrics.accuracy(self._scores(model, data.x_validation, data.rows_validation), data.y_validation)
 
     # --- models ---
 
-    def _sizes(self, hidden: Sequence[int]) -> tuple[int, ...]:
+    @property
+    def student_sizes(self) -> tuple[int, ...]:
+        """All layer sizes of the student, as far as they are known."""
+        return tuple(getattr(self._student, "sizes", ())) or self._sizes(self.settings.student)
+
+    @property
+    def parameters(self) -> tuple[int | None, int]:
+        """Numbers that the teacher and the student hold; None for a teacher that is no network of ours."""
+        teacher = None
+        if isinstance(self._teacher, ModelTeacher):
+            teacher = self._teacher.model.parameter_count
+        elif self._teacher is None and not self._named_trainer:
+            teacher = parameters_of(self._sizes(self.settings.teacher))
+        student = self._student
+        return teacher, student.parameter_count if student is not None else parameters_of(self.student_sizes)
+
+    def teacher_in_words(self) -> str:
+        """The teacher's layers or name, and what else is to be known of it."""
+        count, named = self.parameters[0], self.settings.teacher
+        if self._named_trainer:
+            return f"{named}: {TRAINERS[str(named)][1]} of scikit-learn, trained for each seed"
+        if self._teacher is None:
+            together = ", which learns along" if self.settings.mode == "online" else ""
+            return f"{'-'.join(map(str, self._sizes(named)))}, {count:,} parameters{together}"
+        name = named if isinstance(named, str) else type(self._given_teacher).__name__
+        return f"{name}, " + (f"{count:,} parameters" if count else f"which gives {self._teacher.gives}")
+
+    def _sizes(self, hidden: Any) -> tuple[int, ...]:
         return full_sizes(hidden, self.dataset.features, self.dataset.classes)
 
     def _check_models(self) -> None:
         """Refuse a given teacher or student that does not fit the data, before anything is trained."""
-        for argument, model in (("teacher", self._teacher), ("student", self._student)):
-            if model is None:
-                continue
-            if not callable(model):
-                expected = "a Module or a function from features to logits"
-                raise ArgumentError("distill", argument, expected=expected, got=type(model).__name__)
-            piece = self.dataset.x_train[: F.ROWS_TO_LOOK_AT]
-            got = self._teacher_logits(model, piece) if argument == "teacher" else _logits(model, piece)
-            if got.shape != (len(piece), self.dataset.classes):
-                expected = f"a model that gives {self.dataset.classes} logits a row, as the data has classes"
-                raise ShapeError("distill", argument, expected=expected, got=f"an output of shape {got.shape}")
-            if np.isnan(got).any():
-                raise ArgumentError("distill", argument, expected="a model with finite logits", got="NaN")
+        data = self.dataset
+        few = slice(0, F.ROWS_TO_LOOK_AT)
+        if self._teacher is not None:
+            self._teacher.check(data)
+            if not self._teacher.knows(data.rows_train):
+                expected = f"one that knows each of {len(data.rows_train)} rows of the training part"
+                fix = "A table has a row for each sample in the order of the data's source: train, validation, test."
+                raise ArgumentError("distill", "teacher", expected=expected, got="one that lacks some", fix=fix)
+            self._teacher.logits(data.raw(data.x_train[few]), data.rows_train[few])
+            if self._teacher.classes != data.classes:
+                expected = f"a model that gives {data.classes} logits a row, as the data has classes"
+                raise ShapeError("distill", "teacher", expected=expected, got=f"one of {self._teacher.classes} classes")
+        if self._student is not None:
+            if not isinstance(self._student, Module):
+                got = type(self._student).__name__
+                raise ArgumentError("distill", "student", expected="a Module", got=got)
+            scores = _logits(self._student, data.x_train[few])
+            if scores.shape[1:] != (data.classes,):
+                expected = f"a model that gives {data.classes} logits a row, as the data has classes"
+                raise ShapeError("distill", "student", expected=expected, got=f"an output of shape {scores.shape}")
+            if np.isnan(scores).any():
+                raise ArgumentError("distill", "student", expected="a model with finite logits", got="NaN")
+        if self.objective.teacher_layers and not self._has_layers():
+            fix = "Give a network of minikd, or layer sizes, as the teacher."
+            expected = "one whose layers can be read, as the objective compares them"
+            raise ArgumentError("distill", "teacher", expected=expected, got=str(self.settings.teacher), fix=fix)
         self._warn_of_a_large_student()
 
+    def _has_layers(self) -> bool:
+        return isinstance(self._teacher, ModelTeacher) or (self._teacher is None and not self._named_trainer)
+
+    @property
+    def _named_trainer(self) -> bool:
+        """Whether the teacher is a scikit-learn model that is trained for each seed."""
+        return self._teacher is None and isinstance(self.settings.teacher, str)
+
     def _warn_of_a_large_student(self) -> None:
-        sizes = (self._teacher, self.settings.teacher), (self._student, self.settings.student)
-        if any(not (model is None or isinstance(model, Module)) for model, _ in sizes):
-            return
-        teacher, student = (
-            model.parameter_count if model is not None else parameters_of(self._sizes(hidden))
-            for model, hidden in sizes
-        )
-        if student > teacher:
+        teacher, student = self.parameters
+        if teacher is not None and student > teacher:
             message = f"the student has {student:,} parameters, more than the {teacher:,} of its teacher"
             warnings.warn(f"{message}; distillation is meant for a smaller one.", stacklevel=4)
 
+    def _new_teacher(self, seed: int) -> MLP:
+        """A teacher of the settings' sizes, as yet untrained."""
+        s = self.settings
+        sizes = self._sizes(s.teacher)
+        return MLP(sizes, s.activation, dropout=s.teacher_dropout, seed=seed, input_dropout=s.teacher_input_dropout)
+
     def _make_teacher(self, seed: int) -> Any:
+        """The teacher that was given, or one that is trained for this seed."""
+        s, data = self.settings, self.dataset
         if self._teacher is not None:
             return self._teacher
-        s = self.settings
-        teacher = MLP(
-            self._sizes(s.teacher),
-            s.activation,
-            dropout=s.teacher_dropout,
-            seed=seed,
-            input_dropout=s.teacher_input_dropout,
-        )
-        self._fit(
-            "",
-            TEACHER,
-            seed,
-            teacher,
-            self.dataset.y_train,
-            None,
-            epochs=s.teacher_epochs,
-            lr=s.teacher_lr,
-            max_norm=s.teacher_max_norm,
-            weight_decay=0.0,
-        )
+        if isinstance(s.teacher, str):
+            return self._train_by_scikit_learn(s.teacher, seed)
+        teacher = self._new_teacher(seed)
+        how: dict[str, Any] = {"epochs": s.teacher_epochs, "lr": s.teacher_lr, "max_norm": s.teacher_max_norm}
+        how |= {"objective": HardLabels(), "shift": s.teacher_shift}
+        self._fit("", TEACHER, seed, teacher, data.y_train, None, **how)
         return teacher
+
+    def _train_by_scikit_learn(self, name: str, seed: int) -> Teacher:
+        """One of `teachers.TRAINERS`, fitted to this data, with a word when it is done."""
+        data = self.dataset
+        teacher = trained_teacher(name, data.raw(data.x_train), data.y_train, data.classes, seed)
+        if self._on_progress is not None:
+            scores = self._scores(teacher, data.x_validation, data.rows_validation)
+            accuracy = metrics.accuracy(scores, data.y_validation)
+            where = ("", TEACHER, seed, 1, 1, 1, 1)
+            self._on_progress(Progress(*where, None, accuracy, self._trained(), self.trainings))
+        return teacher
+
+    def _assistants(self, seed: int) -> list[tuple[str, Module]]:
+        """The assistants as yet untrained, with their names, from the teacher's side to the student's."""
+        s = self.settings
+        sizes = [self._sizes(hidden) for hidden in s.assistant_sizes()]
+        return [
+            (f"{ASSISTANT} {k}", MLP(layers, s.activation, dropout=s.dropout, seed=seed))
+            for k, layers in enumerate(sizes, 1)
+        ]
 
     def _make_student(self, seed: int, first: bool) -> Module:
         """A fresh student: for one seed always with the same weights."""
@@ -551,91 +470,152 @@ class Experiment:
         given = first and seed == self.settings.seeds[0]
         return self._student if given else copy.deepcopy(self._initial)
 
-    def _soft_labels(self, teacher: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The teacher's logits of the training and of the test part; a given teacher is asked only once."""
-        if self._given_logits is not None:
-            return self._given_logits
-        both = self._teacher_logits(teacher, self.dataset.x_train), self._teacher_logits(teacher, self.dataset.x_test)
+    def _ask(self, teacher: Any) -> tuple[Lesson, np.ndarray | None]:
+        """What a teacher says of the training and of the test part; a given teacher is asked only once."""
+        if self._lesson is not None:
+            return self._lesson
+        data = self.dataset
+        raw = isinstance(teacher, Teacher)
+        said = self._scores(teacher, data.x_train, data.rows_train)
+        self._note_validation(teacher)
+        network = teacher.model if isinstance(teacher, ModelTeacher) else teacher
+        lesson = Lesson(said, self._features(network, data.x_train, raw))
+        known = not raw or teacher.knows(data.rows_test)
+        both = lesson, self._scores(teacher, data.x_test, data.rows_test) if known else None
         if self._teacher is not None:
-            self._given_logits = both
+            self._lesson = both
         return both
 
-    def _teacher_logits(self, teacher: Any, x: np.ndarray) -> np.ndarray:
-        """The teacher's logits of normalised inputs x; a teacher that was given gets raw features."""
-        if teacher is not self._teacher:
+    def _lesson_of(self, model: Module) -> Lesson:
+        """What a network that was trained here teaches the next one."""
+        x = self.dataset.x_train
+        return Lesson(_logits(model, x), self._features(model, x, raw=False))
+
+    def _note_validation(self, teacher: Any) -> None:
+        rows = self.dataset.rows_validation
+        known = not isinstance(teacher, Teacher) or teacher.knows(rows)
+        if known and self._teacher_on_validation is None:
+            self._teacher_on_validation = self._scores(teacher, self.dataset.x_validation, rows)
+
+    def _scores(self, teacher: Any, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Logits of normalised inputs x; what is no network of ours gets raw features."""
+        if not isinstance(teacher, Teacher):
             return _logits(teacher, x)
-        if not isinstance(teacher, Module):
-            return np.ascontiguousarray(teacher(self.dataset.raw(x)), np.float32)
-        starts = range(0, len(x), ROWS_AT_A_TIME)  # so that the raw features are never there as a whole
-        pieces = [teacher.logits(self.dataset.raw(x[k : k + ROWS_AT_A_TIME])) for k in starts]
-        return np.concatenate(pieces).astype(np.float32, copy=False)
+        pieces = (slice(k, k + ROWS_ASKED_AT_A_TIME) for k in range(0, len(x), ROWS_ASKED_AT_A_TIME))
+        answers = [teacher.logits(None if teacher.per_row else self.dataset.raw(x[p]), rows[p]) for p in pieces]
+        return np.concatenate(answers).astype(np.float32, copy=False)
+
+    def _features(self, model: Any, x: np.ndarray, raw: bool) -> dict[str, np.ndarray]:
+        """What those layers of a network put out that the objective compares; `raw`: it has a scale of its own."""
+        names = self.objective.teacher_layers
+        found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        if not names:
+            return {}
+        with no_grad():
+            for k in range(0, len(x), ROWS_ASKED_AT_A_TIME):
+                piece = x[k : k + ROWS_ASKED_AT_A_TIME]
+                if raw and model.normalisation is not None:
+                    piece = model.normalisation.apply(self.dataset.raw(piece))
+                elif raw:
+                    piece = self.dataset.raw(piece)
+                for name, output in model.eval()(piece, features=names)[1].items():
+                    found[name].append(output.numpy())
+        return {name: np.concatenate(pieces) for name, pieces in found.items()}
 
     # --- one training ---
 
-    def _train(self, situation: str, name: str, seed: int, student: Module, y: np.ndarray, soft: Any) -> None:
-        s = self.settings
-        self._fit(
-            situation,
-            name,
-            seed,
-            student,
-            y,
-            soft,
-            epochs=s.epochs,
-            lr=s.lr,
-            max_norm=s.max_norm,
-            weight_decay=s.weight_decay,
-        )
+    def _train(self, situation: str, name: str, seed: int, model: Module, y: np.ndarray, lesson: Lesson | None) -> None:
+        """Train a student, or a network on the way to it, with the settings of the student."""
+        self._fit(situation, name, seed, model, y, lesson, **self._as_a_student(model, lesson))
 
-    def _fit(self, situation: str, name: str, seed: int, model: Module, y: np.ndarray, soft: Any, **how: Any) -> None:
-        s, data = self.settings, self.dataset
+    def _as_a_student(self, model: Module, lesson: Lesson | None) -> dict[str, Any]:
+        """How a student is trained, and what on."""
+        s = self.settings
+        taught = lesson is not None or isinstance(model, Peers)
+        objective = self.objective if taught else _without_teacher(self.objective)
+        how = {"epochs": s.epochs, "lr": s.lr, "max_norm": s.max_norm, "weight_decay": s.weight_decay}
+        return {**how, "objective": objective, "shift": s.shift}
+
+    def _fit(
+        self,
+        situation: str,
+        name: str,
+        seed: int,
+        model: Module,
+        y: np.ndarray,
+        lesson: Lesson | None,
+        **how: Any,
+    ) -> None:
+        """Train a model, or take it from the checkpoints where it was trained before."""
+        key = ", ".join(filter(None, (f"seed {seed}", situation, name)))
+        place = {"situation": situation, "model": name, "seed": seed}
+        finished = None if self._checkpoints is None else self._checkpoints.finished(key)
+        if finished is not None:
+            tensors, facts = finished
+            model.load_state_dict(tensors)
+            model.eval()
+            self.history += facts["history"]
+            return
         validated: list[float] = []
 
         def on_epoch(e: Epoch) -> None:
-            if e.finished:
-                scores = _logits(model, data.x_validation)
-                validated.append(metrics.accuracy(scores, data.y_validation))
-                nll = metrics.negative_log_likelihood(scores, data.y_validation)
-                place = {"situation": situation, "model": name, "seed": seed, "epoch": e.epoch}
-                figures = {"lr": e.lr, "loss": e.loss, "validation_accuracy": validated[-1], "validation_nll": nll}
-                self.history.append({**place, **figures})
+            if e.validation is not None:
+                validated.append(e.validation["accuracy"])
             if self._on_progress is not None:
                 accuracy = validated[-1] if validated else None
                 where = (situation, name, seed, e.epoch, e.epochs, e.step, e.steps)
                 self._on_progress(Progress(*where, e.loss, accuracy, self._trained(), self.trainings))
 
-        fit(
+        keeper = None if self._checkpoints is None else self._checkpoints.training(key)
+        how |= {"on_epoch": on_epoch, "on_step": self._on_step, "keeper": keeper}
+        training = self._training(seed, model, y, lesson, **how)
+        try:
+            training.run()
+        finally:
+            rows = [{**place, **figures} for figures in training.history]
+            self.history += rows
+        if self._checkpoints is not None:
+            self._checkpoints.finish(key, model.state_dict(), {"history": rows})
+
+    def _training(
+        self, seed: int, model: Module, y: np.ndarray, lesson: Lesson | None, *, shift: int, **how: Any
+    ) -> Training:
+        """The training of a model on the training part, before its first step."""
+        s, data = self.settings, self.dataset
+        return Training(
             model,
             data.x_train,
             y,
-            soft,
-            temperature=s.temperature,
-            hard_weight=s.hard_weight,
-            soft_weight=s.soft_weight,
+            lesson.logits if lesson else None,
+            teacher_features=lesson.features if lesson else None,
             batch_size=s.batch_size,
             optimizer=s.optimizer,
             schedule=s.schedule,
+            clip=s.clip,
+            sampling=s.sampling,
+            shift=Shift.of(data, shift, seed) if shift else None,
             seed=seed,
-            on_epoch=on_epoch,
+            validation=(data.x_validation, data.y_validation),
+            patience=s.patience,
             **how,
         )
 
     def _trained(self) -> int:
-        return sum(1 for _, name, _ in self._models if name != TEACHER or self._teacher is None)
+        """Models that were trained so far."""
+        own_teacher = self._teacher is None and self.settings.mode == "offline"
+        return sum(1 for _, name, _ in self._models if name != ENSEMBLE and (name != TEACHER or own_teacher))
 
-    def _keep(self, situation: str, name: str, seed: int, model: Any, scores: np.ndarray, teacher: Any) -> None:
-        y = self.dataset.y_test
-        kept = Trained(
-            model,
-            metrics.accuracy(scores, y),
-            metrics.negative_log_likelihood(scores, y),
-            metrics.expected_calibration_error(scores, y),
-        )
-        if not kept.test_nll < 10 * math.log(self.dataset.classes):
-            where = ", ".join(filter(None, (f"seed {seed}", situation, name)))
-            message = f"{where} did not learn (negative log-likelihood {kept.test_nll:.3g}); try a lower learning rate."
-            warnings.warn(message, stacklevel=2)
-        if teacher is not None:
+    def _keep(
+        self, situation: str, name: str, seed: int, model: Any, scores: np.ndarray | None, teacher: np.ndarray | None
+    ) -> None:
+        """Measure a model by its scores of the test part, and against those of its teacher."""
+        kept = Trained(model)
+        if scores is not None:
+            y = self.dataset.y_test
+            kept.test_accuracy, kept.test_nll = metrics.accuracy(scores, y), metrics.negative_log_likelihood(scores, y)
+            kept.test_ece = metrics.expected_calibration_error(scores, y)
+            self._warn_if_nothing_was_learned(situation, name, seed, kept.test_nll)
+        if scores is not None and teacher is not None:
             kept.agreement = metrics.agreement(scores, teacher)
             kept.kl_to_teacher = metrics.kl_to_teacher(scores, teacher)
         self._models[situation, name, seed] = kept
@@ -643,12 +623,25 @@ class Experiment:
         if self._on_model is not None:
             self._on_model()
 
+    def _warn_if_nothing_was_learned(self, situation: str, name: str, seed: int, nll: float) -> None:
+        if not nll < 10 * math.log(self.dataset.classes):
+            where = ", ".join(filter(None, (f"seed {seed}", situation, name)))
+            message = f"{where} did not learn (negative log-likelihood {nll:.3g}); try a lower learning rate."
+            warnings.warn(message, stacklevel=3)
+
     # --- what came out ---
 
     def _complete_seeds(self) -> list[int]:
         """The seeds for which every model of every situation is there."""
-        wanted = [(s, n) for s in self.situations for n in ((ALONE, DISTILLED) if self.alone else (DISTILLED,))]
+        wanted = [(s, n) for s in self.situations for n in self._names()]
         return [seed for seed in self.settings.seeds if all((s, n, seed) in self._models for s, n in wanted)]
+
+    def _names(self) -> list[str]:
+        """The models of a situation, as they are trained."""
+        s = self.settings
+        links = [f"{ASSISTANT} {k + 1}" for k in range(len(s.assistant_sizes()))]
+        links += [f"{GENERATION} {k}" for k in range(1, s.generations)]
+        return [ALONE] * self.alone + links + [DISTILLED] + [ENSEMBLE] * (s.generations > 1)
 
     def result(self) -> DistillResult:
         """The models and figures of the seeds that are complete."""
@@ -663,6 +656,7 @@ class Experiment:
             student=self._model("all labels", DISTILLED, first),
             student_alone=self._model("all labels", ALONE, first),
             complete=len(seeds) == len(self.settings.seeds),
+            teacher_on_validation=self._teacher_on_validation,
         )
 
     def _model(self, situation: str, name: str, seed: int) -> Any:
@@ -670,7 +664,8 @@ class Experiment:
         kept = self._models.get((situation, name, seed))
         if kept is None:
             return None
-        if isinstance(kept.model, Module) and kept.model is not self._teacher:
+        given = name == TEACHER and self._teacher is not None  # which has a scale of its own
+        if isinstance(kept.model, Module) and not given:
             kept.model.normalisation = self.dataset.normalisation
             kept.model.class_names = self.dataset.class_names
         return kept.model
@@ -699,10 +694,13 @@ class Experiment:
 
     def _plain_settings(self) -> dict[str, Any]:
         """The settings as JSON knows them; null where an object was given in their place."""
-        settings = dataclasses.asdict(self.settings)
+        settings = dataclasses.asdict(self.settings) | {"backend": self.settings.backend or current_backend()}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-        given = {"data": self._given_data, "teacher": self._teacher is not None, "student": self._student is not None}
-        return {n: None if given.get("teacher" if n.startswith("teacher_") else n) else v for n, v in plain.items()}
+        none = ["data"] * self._given_data + ["student"] * (self._student is not None)
+        none += ["teacher"] * (self._given_teacher is not None)
+        if self._teacher is not None or self._named_trainer:
+            none += [name for name in plain if name.startswith("teacher_")]
+        return plain | dict.fromkeys(none)
 
     def _situation(self, situation: str, labels: int, seeds: list[int]) -> dict[str, Any]:
         s = self.settings
@@ -710,14 +708,22 @@ class Experiment:
         alone = self._figures(situation, ALONE, seeds) if self.alone else None
         distilled = self._figures(situation, DISTILLED, seeds)
         before, after = (alone["test_accuracy"], distilled["test_accuracy"]) if alone else ([], [])
+        between = {
+            f"{kind}s": [self._figures(situation, name, seeds) for name in self._names() if name.startswith(kind)]
+            for kind in (ASSISTANT, GENERATION)
+        }
+        ensemble = self._figures(situation, ENSEMBLE, seeds) if ENSEMBLE in self._names() else None
         return {
             "labels": labels or "all",
+            "objective": str(self.objective),
             "temperature": s.temperature,
             "hard_weight": s.hard_weight,
             "soft_weight": s.soft_weight,
             "teacher": teacher,
             "student_alone": alone,
+            **between,
             "student_distilled": distilled,
+            "ensemble": ensemble,
             **compare(before, after, resolution=1 / len(self.dataset.y_test)),
         }
 
@@ -732,6 +738,12 @@ class Experiment:
         }
         measured = ["test_accuracy", "test_nll", "test_ece"] + (["agreement", "kl_to_teacher"] if situation else [])
         return {**figures, **{m: [getattr(k, m) for k in kept] for m in measured}}
+
+
+def _without_teacher(objective: Objective) -> Objective:
+    """What the student alone is trained on: the objective's hard labels, with all the weight."""
+    hard = next((term for term in objective.terms if isinstance(term, HardLabels)), HardLabels())
+    return dataclasses.replace(hard, weight=1.0, weight_schedule=None)
 
 
 def _few_enough(labels: int, dataset: Dataset) -> int:
@@ -784,6 +796,11 @@ def _seeds(student: Any, seed: int | None, seeds: Any) -> tuple[int, ...] | None
     return tuple(int(s) for s in seeds)
 
 
+def _are_sizes(value: Any) -> bool:
+    """Whether an argument is a list of layer sizes, and not a model, a path or a list of teachers."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(hasattr(v, "__index__") for v in value)
+
+
 def _chosen(
     options: dict[str, Any], teacher: Any, student: Any, data: Any, labels: int | None, seeds: tuple[int, ...] | None
 ) -> Settings:
@@ -794,7 +811,8 @@ def _chosen(
         expected = "among " + ", ".join(names)
         raise ArgumentError("distill", ", ".join(unknown), expected=expected, got="an unknown name")
     given = {**options, "labels": labels, "seeds": seeds, "data": data if isinstance(data, str) else None}
-    given |= {n: tuple(v) for n, v in (("teacher", teacher), ("student", student)) if isinstance(v, Sequence)}
+    given |= {n: tuple(v) for n, v in (("teacher", teacher), ("student", student)) if _are_sizes(v)}
+    given |= {"teacher": str(teacher)} if isinstance(teacher, str | os.PathLike) else {}
     plain = {n: v.item() if isinstance(v, np.generic) else v for n, v in given.items() if v is not None}
     return dataclasses.replace(Settings(), **plain)
 
@@ -814,8 +832,11 @@ def distill(
     seed: int | None = None,
     seeds: Sequence[int] | None = None,
     labels: int | None = None,
+    objective: Objective | str | None = None,
     alone: bool = True,
+    allow_pickle: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
     **settings: Any,
 ) -> DistillResult:
     """Distil a teacher into a student, and say whether it did better than the same student alone.
@@ -825,8 +846,9 @@ def distill(
 
     Parameters
     ----------
-    teacher : a trained Module, a function from raw features (n, k) to logits (n, c), or hidden layer sizes such as
-        (256, 256) to train one for each seed; None for the default sizes.
+    teacher : anything that `as_teacher` takes (a trained Module, a function from raw features (n, k) to logits (n, c),
+        an estimator, a file, a list of these), or hidden layer sizes such as (256, 256), or "rf", "gbt" or "mlp", to
+        train one for each seed; None for the default sizes.
     student : a Module, trained in place from the weights that it has, or hidden layer sizes; None for the default.
     data : a built-in name, a path, a tuple of arrays (x, y) or (x_train, y_train, x_test, y_test), or a Dataset.
         Labels of -1 are unknown: those rows only feel the soft term.
@@ -836,8 +858,12 @@ def distill(
     seeds : several of them, for a verdict with an interval. By default five, but one for a student that is a Module.
     labels : also compare with only so many rows labelled for the student; 0 leaves that out. By default 100 when
         nothing was given, else 0.
+    objective : terms in place of hard and soft labels with their weights, such as
+        ``HardLabels(0.3) + ReverseKL(0.7)`` of `minikd.objectives`, or the same as text.
     alone : train the student without the teacher too, which the verdict needs and which doubles the time.
+    allow_pickle : whether the teacher's file may be a pickle, which runs whatever code it holds.
     on_progress : called with a `Progress` about ten times a second.
+    on_step : called with a `training.StepReport` for each step of each training.
     settings : any other field of `Settings`.
 
     Returns
@@ -858,6 +884,7 @@ def distill(
         "batch_size": batch_size,
         "optimizer": optimizer,
         "lr": lr,
+        **({"objective": objective} if isinstance(objective, str) else {}),
         **settings,
     }
     if labels is None and any(value is not None for value in (teacher, student, data)):
@@ -869,10 +896,13 @@ def distill(
     experiment = Experiment(
         chosen,
         dataset=dataset,
-        teacher=None if isinstance(teacher, Sequence) else teacher,
-        student=None if isinstance(student, Sequence) else student,
+        teacher=None if _are_sizes(teacher) or isinstance(teacher, str | os.PathLike) else teacher,
+        student=None if _are_sizes(student) else student,
+        objective=None if isinstance(objective, str) else objective,
         alone=alone,
+        allow_pickle=allow_pickle,
         on_progress=on_progress,
+        on_step=on_step,
     )
     experiment.run()
     return experiment.result()

@@ -47,6 +47,10 @@ class TapeError(MinikdError, RuntimeError):
     """Gradients were asked for in a way the tape cannot answer (twice, or after an in-place change)."""
 
 
+class DivergenceError(MinikdError, ArithmeticError):
+    """A training has left the finite numbers: a loss or a weight is NaN or infinite."""
+
+
 class PlanError(MinikdError, RuntimeError):
     """A step cannot be replayed as it was recorded: something besides operations decides what it computes."""
 

@@ -30,22 +30,30 @@ __all__ = [
     "argmax",
     "concatenate",
     "correct_count",
+    "corrected_logits",
     "cross_entropy",
+    "decoupled_kd",
     "distillation_loss",
     "dropout",
     "gelu",
+    "jensen_shannon",
     "kl_div",
     "linear",
     "linear_distillation_loss",
     "log_softmax",
     "matmul",
     "relu",
+    "reverse_kl",
+    "shift_images",
     "sigmoid",
+    "skewed_kl",
     "softmax",
     "standardise",
+    "standardised_kl",
     "take",
     "take_scaled",
     "tanh",
+    "teacher_confidence",
 ]
 
 # Rows that are looked at for the warning that probabilities came where logits belong.
@@ -89,6 +97,10 @@ def _between(where: str, argument: str, value: Any, low: float, high: float, exp
     return number
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def _finite(where: str, argument: str, value: Any) -> Any:
     """A finite number as a float or as the array that holds it; anything else is refused."""
     if _is_buffer(value):
@@ -96,6 +108,22 @@ def _finite(where: str, argument: str, value: Any) -> Any:
         note_check(value, partial(_finite, where, argument))
         return value
     return _between(where, argument, value, -sys.float_info.max, sys.float_info.max, "a finite number")
+
+
+def _share(where: str, argument: str, value: Any, ends: str, fix: str = "") -> Any:
+    """A number from 0 to 1 as a float or as the array that holds it; `ends` are those of the two that are accepted."""
+    if _is_buffer(value):
+        _share(where, argument, float(plain(value)), ends, fix)
+        note_check(value, partial(_share, where, argument, ends=ends, fix=fix))
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (0 < number < 1 or (number == 0 and "0" in ends) or (number == 1 and "1" in ends)):
+        expected = f"in {'[' if '0' in ends else '('}0, 1{']' if '1' in ends else ')'}"
+        raise ArgumentError(where, argument, expected=expected, got=repr(value), fix=fix)
+    return number
 
 
 def _choice(where: str, argument: str, value: str, choices: Sequence[str]) -> str:
@@ -121,23 +149,26 @@ def _rows_of_logits(where: str, argument: str, value: Any) -> Any:
     return array
 
 
-def _look_like_probabilities(logits: Any) -> bool:
-    """Whether each of the first rows lies in [0, 1] and sums to 1."""
+def look_like_probabilities(logits: Any) -> bool:
+    """Whether each of the first rows of an array (n, c) with a row or more lies in [0, 1] and sums to 1."""
     if not 0 <= logits.item(0) <= 1 or logits.shape[1] < 2 or not 0 <= logits.item(1) <= 1:
         return False  # two numbers clear nearly all arrays
     rows = logits[:ROWS_TO_LOOK_AT]
     return bool(((rows >= 0) & (rows <= 1)).all() and (abs(rows.sum(axis=1) - 1) < 1e-3).all())
 
 
-def _warn_of_probabilities(where: str, **logits: Any) -> None:
-    """One warning, at the line of the user's call, if arguments look as if softmax was applied to them already."""
+def _warn_of_probabilities(where: str, *, levels: int = 3, **logits: Any) -> None:
+    """One warning, at the line of the user's call, if arguments look as if softmax was applied to them already.
+
+    That line is `levels` calls above the warning: 3 where the function that the user called calls this one.
+    """
     names = ""
     for name, array in logits.items():
-        if _look_like_probabilities(plain(array)):
+        if look_like_probabilities(plain(array)):
             names += f" and {name}" if names else name
     if names:
         message = f"{where}: {names} look like probabilities where logits are expected."
-        warnings.warn(f"{message} Pass the scores before softmax, or log(p).", UserWarning, stacklevel=3)
+        warnings.warn(f"{message} Pass the scores before softmax, or log(p).", UserWarning, stacklevel=levels)
 
 
 def _row_targets(where: str, target: Any, n: int, c: int) -> tuple[Any, bool]:
@@ -450,7 +481,7 @@ def distillation_loss(
     inputs = (student_logits, teacher_logits, target, *scalars)
     known = recall(where, inputs, attrs, save)
     if known is not None:
-        if _look_like_probabilities(student_logits) or _look_like_probabilities(teacher_logits):
+        if look_like_probabilities(student_logits) or look_like_probabilities(teacher_logits):
             _warn_of_probabilities(where, student_logits=student_logits, teacher_logits=teacher_logits)
         return _result(*known.run(inputs, _gradient_out(where, grad_out, inputs)))
     student, teacher = (
@@ -567,8 +598,7 @@ def linear_distillation_loss(
     scalars = [_temperature(where, temperature)]
     scalars += [_finite(where, a, w) for a, w in (("hard_weight", hard_weight), ("soft_weight", soft_weight))]
     _choice(where, "reduction", reduction, ("mean", "sum"))
-    whole = isinstance(chunk_rows, int | np.integer) and not isinstance(chunk_rows, bool)
-    if chunk_rows is not None and not (whole and chunk_rows >= 1):
+    if chunk_rows is not None and not (_is_whole(chunk_rows) and chunk_rows >= 1):
         raise ArgumentError(where, "chunk_rows", expected="a whole number from 1, or None", got=repr(chunk_rows))
     attrs = {
         "reduction": reduction,
@@ -591,6 +621,285 @@ def linear_distillation_loss(
     if not return_grad:
         return _value(loss)
     return _value(loss), Projection(dhidden, dweight, None if bias is None else dbias)
+
+
+# --- other divergences of student and teacher ---
+
+
+def _divergence(
+    where: str,
+    student_logits: Any,
+    teacher_logits: Any,
+    rest: Sequence[Any],
+    attrs: dict[str, Any],
+    return_grad: bool,
+    grad_out: Any,
+    least_classes: int = 1,
+    fix: str = "",
+) -> Any:
+    """A loss of the softened student and teacher; `rest` are its other inputs, `attrs` all its attributes in order."""
+    save = return_grad or grad_out is not None
+    inputs = (student_logits, teacher_logits, *rest)
+    known = recall(where, inputs, attrs, save)
+    if known is not None:
+        if look_like_probabilities(student_logits) or look_like_probabilities(teacher_logits):
+            _warn_of_probabilities(where, levels=4, student_logits=student_logits, teacher_logits=teacher_logits)
+        return _result(*known.run(inputs, _gradient_out(where, grad_out, inputs)))
+    student = _rows_of_logits(where, "student_logits", student_logits)
+    teacher = _rows_of_logits(where, "teacher_logits", teacher_logits)
+    if student.shape != teacher.shape:
+        expected, got = f"of the student's shape {student.shape}", f"shape {teacher.shape}"
+        raise ShapeError(where, "teacher_logits", expected=expected, got=got)
+    if student.shape[1] < least_classes:
+        expected = f"of shape (n, c) with c ≥ {least_classes}"
+        raise ShapeError(where, "student_logits", expected=expected, got=f"shape {student.shape}", fix=fix)
+    _choice(where, "reduction", attrs["reduction"], ("mean", "sum", "none"))
+    _warn_of_probabilities(where, levels=4, student_logits=student, teacher_logits=teacher)
+    teacher_logits = teacher if isinstance(teacher_logits, Tensor) else teacher_logits
+    return _loss(where, (student_logits, teacher_logits, *rest), return_grad, grad_out, **attrs)
+
+
+def reverse_kl(
+    student_logits: Any,
+    teacher_logits: Any,
+    *,
+    temperature: float = 1.0,
+    scale_t2: bool = True,
+    reduction: str = "mean",
+    return_grad: bool = False,
+    grad_out: Any = None,
+) -> Any:
+    """T²·KL(p ‖ q) = T²·Σ p·(log p - log q) with p = softmax(student/T) and q = softmax(teacher/T): KL the other way.
+
+    It asks the student to keep to classes that the teacher finds likely, where KL(q ‖ p) asks it to cover them all. The
+    gradient of a row with respect to the student's logits is T·p·((log p - log q) - KL).
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : (n, c) raw scores. The teacher is a constant: no gradient flows into it.
+    temperature : T > 0, a number or a float64 array without axes, which a compiled step reads anew in each run. Above
+        1e9 it is computed as 1e9, as in `distillation_loss`.
+    scale_t2 : multiply by T², which keeps the size of the gradient independent of T.
+    reduction : "mean" over rows, "sum", or "none" for (n,).
+    return_grad, grad_out : as in `cross_entropy`, with respect to student_logits.
+
+    Notes
+    -----
+    A class that both rule out (-inf) adds nothing. One that the teacher alone rules out makes the row's loss +inf, and
+    its gradient NaN, for there is none: mask the student's class too. One that the student alone rules out adds
+    nothing. NaN, +inf or a whole row of -inf make that row NaN and no other.
+
+    Raises
+    ------
+    ArgumentError : T ≤ 0, NaN or infinite; an unknown reduction.
+    ShapeError : shapes do not fit, or n or c is 0.
+
+    Source: Gu et al. 2024, "MiniLLM: knowledge distillation of large language models", sec. 2.1, for one token.
+    """
+    where = "reverse_kl"
+    rest = (_temperature(where, temperature),)
+    attrs = {"reduction": reduction, "scale_t2": bool(scale_t2)}
+    return _divergence(where, student_logits, teacher_logits, rest, attrs, return_grad, grad_out)
+
+
+_ENDS = (
+    "At both ends it vanishes. For forward KL take distillation_loss with hard_weight=0, for reverse KL reverse_kl; or "
+    'give form="continuous", which divides by beta·(1 - beta) and is forward KL at 0 and reverse KL at 1.'
+)
+
+
+def jensen_shannon(
+    student_logits: Any,
+    teacher_logits: Any,
+    *,
+    beta: float = 0.5,
+    form: str = "paper",
+    temperature: float = 1.0,
+    scale_t2: bool = True,
+    reduction: str = "mean",
+    return_grad: bool = False,
+    grad_out: Any = None,
+) -> Any:
+    """T²·(beta·KL(q ‖ m) + (1 - beta)·KL(p ‖ m)) with m = beta·q + (1 - beta)·p: Jensen-Shannon, with unequal shares.
+
+    p = softmax(student/T), q = softmax(teacher/T). With beta = 0.5 it is symmetric and at most T²·log 2. The gradient
+    of a row with respect to the student's logits is T·p·(r - Σ p·r) with r = (1 - beta)·log(p/m).
+
+    Parameters
+    ----------
+    student_logits, teacher_logits, temperature, scale_t2, reduction, return_grad, grad_out : see `reverse_kl`.
+    beta : the teacher's share of m; a number or a float64 array without axes, which a compiled step reads anew.
+    form : "paper" is the formula above, with beta in (0, 1). "continuous" divides it by beta·(1 - beta), with beta in
+        [0, 1]: that tends to KL(q ‖ p) where beta tends to 0 and to KL(p ‖ q) where it tends to 1, and is these there.
+        So their sizes can be compared over beta, while those of the paper's form tend to 0 at both ends.
+
+    Notes
+    -----
+    Inside (0, 1) it is finite whatever classes are ruled out (-inf): one that both rule out adds nothing.
+
+    Raises
+    ------
+    ArgumentError : beta outside its range; an unknown form or reduction; T ≤ 0, NaN or infinite.
+    ShapeError : shapes do not fit, or n or c is 0.
+
+    Source: Agarwal et al. 2024, "On-policy distillation of language models: learning from self-generated mistakes",
+    eq. 1.
+    """
+    where = "jensen_shannon"
+    continuous = _choice(where, "form", form, ("paper", "continuous")) == "continuous"
+    share = _share(where, "beta", beta, "01" if continuous else "", "" if continuous else _ENDS)
+    rest = (_temperature(where, temperature), share)
+    attrs = {"reduction": reduction, "scale_t2": bool(scale_t2), "continuous": continuous}
+    return _divergence(where, student_logits, teacher_logits, rest, attrs, return_grad, grad_out)
+
+
+def skewed_kl(
+    student_logits: Any,
+    teacher_logits: Any,
+    *,
+    alpha: float = 0.1,
+    reverse: bool = False,
+    temperature: float = 1.0,
+    scale_t2: bool = True,
+    reduction: str = "mean",
+    return_grad: bool = False,
+    grad_out: Any = None,
+) -> Any:
+    """T²·KL(q ‖ alpha·q + (1 - alpha)·p), or reversed T²·KL(p ‖ (1 - alpha)·q + alpha·p): KL against a mixture.
+
+    p = softmax(student/T), q = softmax(teacher/T). What is mixed in bounds the loss by -T²·log(alpha), however
+    far apart the two are. The gradient of a row with respect to the student's logits is T·p·(r - Σ p·r) with
+    r = -(1 - alpha)·q/m, or reversed r = log(p/m) + (1 - alpha)·q/m, m being the mixture.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits, temperature, scale_t2, reduction, return_grad, grad_out : see `reverse_kl`.
+    alpha : the share of what is compared in the mixture, in [0, 1); 0 is the plain KL. A number or a float64 array
+        without axes, which a compiled step reads anew.
+    reverse : compare the student with the mixture, not the teacher.
+
+    Notes
+    -----
+    With alpha above 0 it is finite whatever classes are ruled out (-inf): one that both rule out adds nothing. With
+    alpha = 0 a class that the student alone rules out makes the row's loss +inf, reversed one that the teacher alone
+    does; in the latter case the row's gradient is NaN, as in `reverse_kl`.
+
+    Raises
+    ------
+    ArgumentError : alpha outside [0, 1); an unknown reduction; T ≤ 0, NaN or infinite.
+    ShapeError : shapes do not fit, or n or c is 0.
+
+    Source: Ko et al. 2024, "DistiLLM: towards streamlined distillation for large language models", sec. 3.1.
+    """
+    where = "skewed_kl"
+    rest = (_temperature(where, temperature), _share(where, "alpha", alpha, "0"))
+    attrs = {"reduction": reduction, "scale_t2": bool(scale_t2), "reverse": bool(reverse)}
+    return _divergence(where, student_logits, teacher_logits, rest, attrs, return_grad, grad_out)
+
+
+def decoupled_kd(
+    student_logits: Any,
+    teacher_logits: Any,
+    target: Any,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    return_grad: bool = False,
+    grad_out: Any = None,
+) -> Any:
+    """alpha·T²·KL of target against all others + beta·T²·KL among the others: distillation decoupled by the target.
+
+    With p = softmax(student/T) and q = softmax(teacher/T), the first is KL((q_y, 1 - q_y) ‖ (p_y, 1 - p_y)), of two
+    classes, and the second KL(q̂ ‖ p̂) over the classes but y, renormalised: p̂ = p/(1 - p_y), q̂ = q/(1 - q_y). In
+    KL(q ‖ p) the second has the weight 1 - q_y, so that a teacher who is certain teaches little of it. The gradient of
+    a row with respect to the student's logits is alpha·T·(p_y - q_y) at y, and elsewhere
+    T·(beta·(p̂ - q̂) - alpha·(p_y - q_y)·p̂).
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : (n, c) raw scores with c ≥ 3. The teacher is a constant.
+    target : (n,) class ids of any integer dtype, the y of each row.
+    alpha, beta : the two weights, numbers or float64 arrays without axes, which a compiled step reads anew. A weight of
+        0 leaves its term out.
+    ignore_index : rows with this class id add no loss and no gradient, for without a target nothing can be decoupled.
+    reduction : "mean" over the rows that are not ignored (0 if there are none), "sum", or "none" for (n,).
+    temperature, scale_t2, return_grad, grad_out : see `reverse_kl`.
+
+    Notes
+    -----
+    1 - p_y is never formed: the others are a softmax of their own, so a target that is all but certain loses no digits.
+    A class that both rule out (-inf) adds nothing; one that the student alone rules out costs +inf. A row in which
+    student or teacher rules out all classes but the target, or the target is +inf, is NaN.
+
+    Raises
+    ------
+    ArgumentError : no target, or a class id outside 0 … c - 1; a weight that is not finite; an unknown reduction;
+        T ≤ 0, NaN or infinite.
+    ShapeError : shapes do not fit, n is 0, or c is below 3: among one other class there is nothing to compare.
+
+    Source: Zhao et al. 2022, "Decoupled knowledge distillation", eq. 7.
+    """
+    where = "decoupled_kd"
+    if target is None:
+        fix = "Nothing can be decoupled without a target: take distillation_loss."
+        raise ArgumentError(where, "target", expected="class ids of shape (n,)", got="None", fix=fix)
+    weights = (_finite(where, "alpha", alpha), _finite(where, "beta", beta))
+    rest = (target, _temperature(where, temperature), *weights)
+    attrs = {"reduction": reduction, "scale_t2": bool(scale_t2), "ignore_index": int(ignore_index)}
+    fix = "With two classes the second term is 0, whatever the student says: take distillation_loss."
+    pair = (student_logits, teacher_logits)
+    return _divergence(where, *pair, rest, attrs, return_grad, grad_out, least_classes=3, fix=fix)
+
+
+def standardised_kl(
+    student_logits: Any,
+    teacher_logits: Any,
+    *,
+    temperature: float = 2.0,
+    scale_t2: bool = True,
+    eps: float = 1e-7,
+    reduction: str = "mean",
+    return_grad: bool = False,
+    grad_out: Any = None,
+) -> Any:
+    """T²·KL(softmax(Z(teacher)/T) ‖ softmax(Z(student)/T)) with Z(z) = (z - mean z)/(σ + eps) of each row.
+
+    σ² = Σ (z - mean z)²/(c - 1). So the student learns how the teacher's scores relate, and may choose their mean and
+    size itself. The gradient flows through Z of the student, its mean and its deviation: with
+    g = T·(softmax(Z_s/T) - softmax(Z_t/T)) it is (g - mean g - Z_s·Σ g·Z_s·(σ + eps)/((c - 1)·σ))/(σ + eps).
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : (n, c) raw scores with c ≥ 2. The teacher is a constant.
+    eps : above 0; it is added to the deviation. A row whose scores are all equal has Z = 0; its gradient is g/eps,
+        which is large.
+    temperature, scale_t2, reduction, return_grad, grad_out : see `reverse_kl`.
+
+    Notes
+    -----
+    A row with -inf in it has no mean: its loss and gradient are NaN, as with NaN or +inf, and no other row is touched.
+
+    Raises
+    ------
+    ArgumentError : eps is not a finite number above 0; an unknown reduction; T ≤ 0, NaN or infinite.
+    ShapeError : shapes do not fit, n is 0, or c is below 2: one score has no deviation.
+
+    Source: Sun et al. 2024, "Logit standardization in knowledge distillation", eq. 9 and algorithm 1.
+    """
+    where = "standardised_kl"
+    least, most = sys.float_info.min, sys.float_info.max
+    attrs = {
+        "reduction": reduction,
+        "scale_t2": bool(scale_t2),
+        "eps": _between(where, "eps", eps, least, most, "a finite number above 0"),
+    }
+    rest, pair = (_temperature(where, temperature),), (student_logits, teacher_logits)
+    fix = "The deviation of a row divides by c - 1."
+    return _divergence(where, *pair, rest, attrs, return_grad, grad_out, least_classes=2, fix=fix)
 
 
 # --- predictions ---
@@ -617,6 +926,78 @@ def correct_count(logits: Any, target: Any, *, ignore_index: int = -100) -> Any:
     """
     z = _rows_of_logits("correct_count", "logits", logits)
     return _value(evaluate(OPS["correct_count"], [z, target], {"ignore_index": int(ignore_index)})[0][0])
+
+
+# --- what a teacher is worth ---
+
+
+def teacher_confidence(
+    teacher_logits: Any, target: Any = None, temperature: float = 1.0, *, ignore_index: int = -100
+) -> Any:
+    """How sure a teacher is of each row, a weight from 0 to 1: 1 - H(q)/log C, or its probability of the true class.
+
+    H(q) is the entropy of q = softmax(teacher_logits/T), and log C the most that it can be. The teacher is a constant:
+    no gradient flows through its weights.
+
+    Parameters
+    ----------
+    teacher_logits : (n, c) raw scores.
+    target : (n,) class ids; then the weight is q of that class, and the largest q where a row has no label. None for
+        the weight by entropy, which is 1 for a single class.
+    temperature : T > 0.
+    ignore_index : the class id of rows without a label.
+
+    Returns
+    -------
+    (n,) in the dtype of the logits; NaN for a row whose `softmax` is NaN.
+
+    Raises
+    ------
+    ArgumentError : T ≤ 0, NaN or infinite; a class id outside 0 … c - 1.
+    ShapeError : shapes do not fit, or n or c is 0.
+    """
+    where = "teacher_confidence"
+    t, z = _temperature(where, temperature), _rows_of_logits(where, "teacher_logits", teacher_logits)
+    labels = None if target is None else _class_ids(where, target, len(z))
+    _warn_of_probabilities(where, teacher_logits=z)
+    return _constant(where, (teacher_logits, labels, t), ignore_index=int(ignore_index))
+
+
+def corrected_logits(teacher_logits: Any, target: Any, ignore_index: int = -100) -> Any:
+    """A teacher's logits (n, c) without its mistakes: where the largest is not the label's, the two are exchanged.
+
+    So the label gets the largest score, and what the teacher says of all other classes stays. A row that is right, or
+    has no label (`ignore_index`), is left as it is. The same holds of probabilities. No gradient flows through it.
+
+    Parameters
+    ----------
+    teacher_logits : (n, c) raw scores.  target : (n,) class ids.
+
+    Raises
+    ------
+    ArgumentError : a class id outside 0 … c - 1.  ShapeError : shapes do not fit, or n or c is 0.
+
+    Source: Wen, Lai and Qian 2021, "Preparing lessons: improve knowledge distillation with better supervision", the
+    probability shift.
+    """
+    where = "corrected_logits"
+    labels = _class_ids(where, target, len(_rows_of_logits(where, "teacher_logits", teacher_logits)))
+    return _constant(where, (teacher_logits, labels), ignore_index=int(ignore_index))
+
+
+def _class_ids(where: str, target: Any, n: int) -> Any:
+    """The target as an array of class ids (n,)."""
+    array = target.array if isinstance(target, Tensor) else np.asarray(target)
+    if array.shape != (n,):
+        raise ShapeError(where, "target", expected=f"class ids of shape ({n},)", got=f"shape {array.shape}")
+    return array
+
+
+def _constant(name: str, inputs: Sequence[Any], **attrs: Any) -> Any:
+    """An operation without a gradient: a tensor if one came, else an array."""
+    if any(isinstance(x, Tensor) for x in inputs):
+        return apply(name, *inputs, **attrs)
+    return evaluate(OPS[name], inputs, attrs)[0][0]
 
 
 # --- layers' functions ---
@@ -766,3 +1147,42 @@ def dropout(x: Any, p: float = 0.5, *, training: bool = True, seed: int = 0, str
     if isinstance(x, Tensor):
         return apply("dropout", x, step, **attrs)
     return evaluate(OPS["dropout"], [x, step], attrs)[0][0]
+
+
+def shift_images(
+    x: Any, shape: tuple[int, int], step: Any, *, most: int = 2, fill: Any = None, seed: int = 0, stream: int = 0
+) -> Any:
+    """Move each picture by whole pixels, up to `most` in each direction, drawn anew for each row and step.
+
+    How far a row moves is a function of seed, stream, step and the row's number alone, so that every backend and every
+    repetition moves it alike; all moves are equally likely (to 2⁻³²). No gradient flows through it.
+
+    Parameters
+    ----------
+    x : (n, h·w) features that are pictures, line after line.
+    shape : (h, w), their height and width.
+    step : how often this was done before; in a compiled step an int64 array without axes, an argument or a counter.
+    most : the farthest move, from 0; less than both h and w.
+    fill : (h·w,) what vacated pixels become, the normalised value of black for each pixel for example; None for 0.
+    seed, stream : give each use its own stream; those of dropout layers are apart from these.
+
+    Raises
+    ------
+    ArgumentError : shape is no pair of whole numbers from 1, or most is out of its range.
+    ShapeError : the rows are no pictures of this shape, or fill is no such picture.
+
+    Source: Hinton, Vinyals and Dean 2015, sec. 3 (up to two pixels); the generator is that of `dropout`.
+    """
+    where = "shift_images"
+    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
+    if len(sizes) != 2 or not all(_is_whole(s) and s >= 1 for s in sizes):
+        expected = "the height and width of a picture, two whole numbers from 1"
+        raise ArgumentError(where, "shape", expected=expected, got=repr(shape))
+    height, width = (int(s) for s in sizes)
+    found = np.shape(x)
+    if len(found) != 2 or found[1] != height * width:
+        expected = f"of shape (n, {height * width}), pictures of {height}·{width} pixels"
+        raise ShapeError(where, "x", expected=expected, got=f"shape {found}", fix="Flatten each picture to one row.")
+    step = step if isinstance(step, np.ndarray) else int(step)
+    attrs = {"width": width, "most": int(most) if _is_whole(most) else most, "seed": int(seed), "stream": int(stream)}
+    return _constant(where, (x, fill, step), **attrs)

@@ -227,6 +227,22 @@ class Module:
             for name, value in values.items():
                 own[name][...] = value
 
+    def counters(self) -> dict[str, np.ndarray]:
+        """What parts count while they train (`Dropout` its passes) by dotted name, a shared one once.
+
+        These are the int64 arrays without axes themselves: to write into one sets that count, in compiled steps too.
+        """
+        refuse_reading("the counters of a module")
+        found: dict[str, np.ndarray] = {}
+        seen: set[int] = set()
+        for prefix, module in self.named_modules():
+            for name, value in vars(module).items():
+                counts = isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype == np.int64
+                if counts and id(value) not in seen:
+                    seen.add(id(value))
+                    found[f"{prefix}.{name.lstrip('_')}".lstrip(".")] = value
+        return found
+
     # --- modes ---
 
     def train(self, mode: bool = True) -> Module:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from minikd.errors import ArgumentError, TapeError
-from minikd.kernels import run
-from minikd.kernels.recording import LAYOUT, note_check, note_constant, plain, recorder, refuse_reading
+from minikd.errors import ArgumentError, ShapeError, TapeError
+from minikd.kernels import as_index, as_real, run
+from minikd.kernels.recording import LAYOUT, note_check, note_constant, plain, recorder, refuse, refuse_reading
 from minikd.nn import Arena
 from minikd.tensor import Tensor
 
@@ -28,6 +28,9 @@ class Optimizer:
         argument that is a float64 array without axes.
     max_norm : after each step, scale the weights into each unit (rows of 2-D parameters) down to this L2 norm;
         None for no constraint.
+    clip : before each step, scale all gradients together down to this L2 norm if theirs is larger; None leaves them as
+        they are. `.grad` then shows what was scaled. As torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013), but by
+        clip / norm without its 1e-6, and a norm that is infinite or NaN scales nothing: what is broken stays in sight.
 
     Attributes
     ----------
@@ -41,13 +44,17 @@ class Optimizer:
     kernel = ""
     state_names: tuple[str, ...] = ()
 
-    def __init__(self, params: Iterable[Tensor], lr: float, max_norm: float | None, **attrs: Any) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, max_norm: float | None, clip: float | None, **attrs: Any
+    ) -> None:
         name = type(self).__name__
         _require(name, "lr", lr, lr > 0 and math.isfinite(lr), "a finite number above 0")
         _require(name, "max_norm", max_norm, max_norm is None or max_norm > 0, "above 0, or None")
+        _require(name, "clip", clip, clip is None or clip > 0, "above 0, or None")
         self.arena = Arena.of(params)
         self.attrs = attrs
         self.max_norm = max_norm
+        self.clip = clip
         self._lr = np.array(lr, np.float64)
         self._steps = np.zeros((), np.int64)
         self.state = {n: np.zeros_like(self.arena.values) for n in self.state_names}
@@ -95,7 +102,7 @@ class Optimizer:
         """
         writing = recorder()
         if writing is not None:
-            for name in ("arena", "attrs", "state", "max_norm"):
+            for name in ("arena", "attrs", "state", "max_norm", "clip"):
                 writing.guard(self, name)
         parameters = self.arena.parameters
         without = [p for p in parameters if not p.has_gradient]
@@ -109,6 +116,8 @@ class Optimizer:
             )
         for p in without:
             p.take_gradient(note_constant(np.zeros(p.shape, p.dtype)))
+        if self.clip is not None:
+            run("clip_norm", self.arena.gradients, limit=float(self.clip))
         run("advance", self._steps)
         run(self.kernel, *self._buffers(), **self.attrs)
         if self.max_norm is not None:
@@ -117,6 +126,44 @@ class Optimizer:
                     run("max_norm", p.array, limit=float(self.max_norm))
         for p in parameters:
             p.changed_in_place()
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """A copy of what the steps so far have left: "lr", "steps" (int64), and each array of `state` by its name.
+
+        The arrays are flat, (k,), in the order of the arena; the parameters' values are not among them.
+        """
+        refuse_reading("the state of an optimizer")
+        return {name: buffer.copy() for name, buffer in self._state_buffers().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave: written in place, so that plans stay valid, and only if all of it fits.
+
+        Raises
+        ------
+        ArgumentError : names are missing or unknown; a learning rate or number of steps that cannot be.
+        ShapeError : a shape differs.  DTypeError : something else than numbers, or a number of steps with a fraction.
+        """
+        where, own = "load_state_dict", self._state_buffers()
+        refuse("the state of an optimizer loaded in the step", "Load it before the step.")
+        if set(own) != set(state):
+            missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+            expected = f"what {type(self).__name__} keeps: {', '.join(own)}"
+            got = f"missing {missing or 'none'}, unknown {extra or 'none'}"
+            fix = "Make the optimizer with the settings that it was saved with."
+            raise ArgumentError(where, "state", expected=expected, got=got, fix=fix)
+        values: dict[str, Any] = {}
+        for name, buffer in own.items():
+            values[name] = (as_index if name == "steps" else as_real)(where, name, state[name])
+            if values[name].shape != buffer.shape:
+                expected, got = f"of shape {buffer.shape}", f"shape {values[name].shape}"
+                raise ShapeError(where, name, expected=expected, got=got)
+        self._check_lr(float(values["lr"]))
+        _require(where, "steps", int(values["steps"]), values["steps"] >= 0, "0 or above")
+        for name, buffer in own.items():
+            buffer[...] = values[name]
+
+    def _state_buffers(self) -> dict[str, Any]:
+        return {"lr": self._lr, "steps": self._steps, **self.state}
 
     def _buffers(self) -> list[Any]:
         """The step's buffers in the kernel's order: values and state, then gradients and hyperparameters."""
@@ -133,7 +180,7 @@ class SGD(Optimizer):
 
     Parameters
     ----------
-    params, lr, max_norm : see `Optimizer`.
+    params, lr, max_norm, clip : see `Optimizer`.
     momentum : μ in [0, 1).  nesterov : look ahead along the velocity.  weight_decay : λ ≥ 0.
 
     Source: Sutskever et al. 2013, in torch.optim.SGD's form.
@@ -150,12 +197,14 @@ class SGD(Optimizer):
         weight_decay: float = 0.0,
         *,
         max_norm: float | None = None,
+        clip: float | None = None,
     ) -> None:
         _require("SGD", "momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
         _require("SGD", "nesterov", nesterov, not nesterov or momentum > 0, "used with a momentum above 0")
         _require("SGD", "weight_decay", weight_decay, weight_decay >= 0, "0 or above")
         self.state_names = ("v",) if momentum else ()
-        super().__init__(params, lr, max_norm, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+        attrs = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        super().__init__(params, lr, max_norm, clip, **attrs)
 
     def _buffers(self) -> list[Any]:
         return [self.arena.values, self.state.get("v"), self.arena.gradients, self._lr]
@@ -166,7 +215,7 @@ class Adam(Optimizer):
 
     Parameters
     ----------
-    params, lr, max_norm : see `Optimizer`; 1e-3 is the paper's choice.
+    params, lr, max_norm, clip : see `Optimizer`; 1e-3 is the paper's choice.
     betas : decay of the two moments.  eps : added to the root.  weight_decay : λ ≥ 0, added to the gradient (L2).
 
     Source: Kingma and Ba 2015, algorithm 1.
@@ -185,13 +234,14 @@ class Adam(Optimizer):
         weight_decay: float = 0.0,
         *,
         max_norm: float | None = None,
+        clip: float | None = None,
     ) -> None:
         name = type(self).__name__
         _require(name, "betas", betas, all(0 <= b < 1 for b in betas) and len(betas) == 2, "two numbers in [0, 1)")
         _require(name, "eps", eps, eps > 0, "above 0")
         _require(name, "weight_decay", weight_decay, weight_decay >= 0, "0 or above")
         attrs = {"beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, lr, max_norm, decoupled=self.decoupled, **attrs)
+        super().__init__(params, lr, max_norm, clip, decoupled=self.decoupled, **attrs)
 
     def _buffers(self) -> list[Any]:
         return [*super()._buffers(), self._steps]
@@ -214,8 +264,9 @@ class AdamW(Adam):
         weight_decay: float = 0.01,
         *,
         max_norm: float | None = None,
+        clip: float | None = None,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, max_norm=max_norm)
+        super().__init__(params, lr, betas, eps, weight_decay, max_norm=max_norm, clip=clip)
 
 
 # --- schedules: what the base learning rate is multiplied by at step k of a run ---

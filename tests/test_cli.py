@@ -91,6 +91,7 @@ def test_the_report_has_every_documented_key(run: Any) -> None:
     report = run.report
     top = {"version", "backend", "settings", "seeds", "requested_seeds", "complete", "data", "seconds", "few_labels"}
     both = {"labels", "temperature", "hard_weight", "soft_weight", "difference", "verdict"}
+    both |= {"objective", "assistants", "generations", "ensemble"}
     networks = {"teacher", "student_alone", "student_distilled"}
     assert set(report) == top | both | networks
     assert set(report["few_labels"]) == both | networks
@@ -413,11 +414,12 @@ def test_ctrl_c_keeps_what_is_complete_and_says_so(tmp_path: Path) -> None:
     assert done[:1] == [0]
     assert report["complete"] is False
     assert f"minikd distill: interrupted. Complete: seed{'s' * (len(done) > 1)} {cli.seeds_in_words(done)}." in err
-    assert f"Lost: seeds {done[-1] + 1}-99, stopped at seed " in err
+    assert f"To do: seeds {done[-1] + 1}-99, stopped at seed " in err
     assert "What is complete is in run." in err
     assert "student sees 100 labels" in out
     kd.load(tmp_path / "run" / "student.safetensors")
-    assert sorted(os.listdir(tmp_path / "run")) == sorted(name for name in FILES if not name.endswith(".png"))
+    files = [name for name in FILES if not name.endswith(".png")]
+    assert sorted(os.listdir(tmp_path / "run")) == sorted([*files, "checkpoints"])
 
 
 def test_a_second_ctrl_c_ends_at_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minikd.data import Dataset, Normalisation, batches, load, sources
+from minikd.data import Dataset, Normalisation, batches, load, sha256_of, sources
 from minikd.data.batches import shuffled
 from minikd.data.idx import FILES, read_idx
 from minikd.data.splits import identical_rows, split
@@ -102,6 +103,50 @@ def test_raw_undoes_the_normalisation(digits: Dataset) -> None:
 def test_raw_refuses_rows_of_another_width(digits: Dataset) -> None:
     with pytest.raises(ShapeError, match=r"x must be shape \(n, 64\), got shape \(2, 63\)"):
         digits.raw(np.zeros((2, 63)))
+
+
+# --- the numbers of the samples ---
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("form", ["x and y", "with a test part", "with all parts"])
+def test_a_sample_number_is_the_place_in_the_source_whatever_the_split(form: str, seed: int, tmp_path: Path) -> None:
+    x, y = blobs(90)
+    source: object = (x, y)
+    if form == "with a test part":
+        source = (x[:60], y[:60], x[60:], y[60:])
+    if form == "with all parts":
+        source = tmp_path / "parts.npz"
+        parts = {"train": slice(0, 50), "validation": slice(50, 60), "test": slice(60, 90)}
+        np.savez(source, **{f"{a}_{name}": v[place] for name, place in parts.items() for a, v in (("x", x), ("y", y))})
+    data = load(source, split_seed=seed, normalise="none")
+    numbers = [getattr(data, f"rows_{part}") for part in data.sizes]
+    assert [rows.dtype for rows in numbers] == [np.int64] * 3
+    np.testing.assert_array_equal(np.sort(np.concatenate(numbers)), np.arange(90))
+    for part, rows in zip(data.sizes, numbers, strict=True):
+        np.testing.assert_array_equal(getattr(data, f"x_{part}"), x[rows].astype(np.float32))
+        np.testing.assert_array_equal(getattr(data, f"y_{part}"), y[rows])
+
+
+def test_rows_that_nobody_numbered_are_counted_through_and_numbers_must_fit(digits: Dataset) -> None:
+    nobody = {f"rows_{part}": np.empty(0, np.int64) for part in digits.sizes}
+    data = dataclasses.replace(digits, **nobody)
+    assert [int(getattr(data, f"rows_{part}")[0]) for part in data.sizes] == [0, 1200, 1397]
+    assert len(data.rows_test) == 400
+    with pytest.raises(ShapeError, match=r"rows_test must be a number for each of 400 rows, got shape \(3,\)"):
+        dataclasses.replace(digits, rows_test=np.arange(3))
+
+
+def test_arrays_have_the_digest_of_the_data_set_that_they_make(tmp_path: Path) -> None:
+    x, y = blobs(30)
+    assert sha256_of(x, y) == load((x, y)).sha256
+    large = np.arange(3_000_000, dtype=np.float64).reshape(-1, 2)  # more than is read at a time
+    text = f"<f8 {large.shape}\n".encode()
+    assert sha256_of(large) == sha256_of(large.astype(">f8")) == hashlib.sha256(text + large.tobytes()).hexdigest()
+    assert sha256_of(large[:, ::-1]) == sha256_of(large[:, ::-1].copy())
+    np.save(tmp_path / "large.npy", large)
+    assert sha256_of(np.load(tmp_path / "large.npy", mmap_mode="r")) == sha256_of(large)
+    assert sha256_of(np.array(3), np.empty((2, 0))) != sha256_of(np.array(3), np.empty((0, 2)))
 
 
 @pytest.mark.parametrize("count", [0, 1, 9, 10, 57, 1193, 1200])

@@ -14,19 +14,11 @@ import minikd as kd
 from minikd import functional as F
 from minikd import metrics
 from minikd.data import load
-from minikd.distillation import (
-    ALONE,
-    DISTILLED,
-    T_95,
-    Experiment,
-    Settings,
-    compare,
-    endless_batches,
-    fit,
-    full_sizes,
-    t_quantile,
-)
-from minikd.errors import ArgumentError, DataError, DTypeError, ShapeError
+from minikd.distillation import ALONE, DISTILLED, Experiment
+from minikd.errors import ArgumentError, DataError, DivergenceError, DTypeError, ShapeError
+from minikd.settings import Settings, full_sizes
+from minikd.training import endless_batches, fit
+from minikd.verdict import T_95, compare, t_quantile
 
 QUICK = {"teacher_epochs": 2, "epochs": 2, "seeds": (0, 1), "teacher": (24,), "student": (8,)}
 
@@ -184,7 +176,7 @@ def test_the_report_has_the_documented_keys_and_is_json(experiment: Experiment) 
     report = json.loads(json.dumps(experiment.result().report, allow_nan=False))
     top = {"version", "backend", "settings", "seeds", "requested_seeds", "complete", "data", "seconds", "few_labels"}
     both = {"labels", "temperature", "hard_weight", "soft_weight", "teacher", "student_alone", "student_distilled"}
-    both |= {"difference", "verdict"}
+    both |= {"difference", "verdict", "objective", "assistants", "generations", "ensemble"}
     assert set(report) == top | both
     assert set(report["few_labels"]) == both
     assert (report["labels"], report["few_labels"]["labels"]) == ("all", 50)
@@ -239,8 +231,10 @@ def test_the_history_has_one_row_for_each_epoch_of_each_training(experiment: Exp
     last = [row for row in history if row["model"] == DISTILLED and row["situation"] == "all labels"][-1]
     assert (last["epoch"], last["seed"]) == (2, 1)
     assert set(last) == {
-        "situation", "model", "seed", "epoch", "lr", "loss", "validation_accuracy", "validation_nll",
+        "situation", "model", "seed", "epoch", "lr", "loss", "validation_accuracy", "validation_nll", "terms",
     }  # fmt: skip
+    assert [figures["term"] for figures in last["terms"]] == ["HardLabels", "SoftLabels"]
+    assert sum(figures["gradient_share"] for figures in last["terms"]) == pytest.approx(1)
 
 
 def test_an_interrupted_run_keeps_the_seeds_that_are_complete() -> None:
@@ -320,7 +314,7 @@ def test_any_function_of_raw_features_can_be_the_teacher() -> None:
 
 
 def test_a_teacher_with_another_number_of_classes_is_refused_before_training() -> None:
-    with pytest.raises(ShapeError, match="10 logits a row"):
+    with pytest.raises(ShapeError, match="10 classes, got 3 columns"):
         kd.distill(kd.nn.MLP([64, 4, 3]), (8,), "digits")
 
 
@@ -380,16 +374,18 @@ def test_a_student_of_fashion_mnist_learns_more_from_a_teacher_than_from_a_thous
 # --- what a stranger may do ---
 
 
-def test_a_training_that_diverges_is_warned_of_and_reported() -> None:
-    settings = Settings(**{**QUICK, "seeds": (0,)}, labels=0, lr=1e30)
-    experiment = Experiment(settings)
-    with pytest.warns(UserWarning, match="student .* did not learn") as caught:
+def test_a_run_stops_where_a_training_diverges_and_names_the_step_the_term_and_the_layer() -> None:
+    experiment = Experiment(Settings(**{**QUICK, "seeds": (0,)}, labels=0, lr=1e30))
+    with pytest.raises(DivergenceError, match=r"step 2 .*output of layer 2 .*the term HardLabels is nan"):
         experiment.run()
-    named = [str(warning.message) for warning in caught]
-    assert [text.partition(" did")[0] for text in named] == [
-        "seed 0, all labels, student alone",
-        "seed 0, all labels, student distilled",
-    ]
+    assert not experiment.result().complete
+    assert experiment.result().history, "what was trained before is not lost"
+
+
+def test_a_student_that_did_not_learn_is_warned_of_and_reported() -> None:
+    experiment = Experiment(Settings(**{**QUICK, "seeds": (0,)}, labels=0, lr=100.0, optimizer="sgd", clip=1.0))
+    with pytest.warns(UserWarning, match="student .* did not learn"):
+        experiment.run()
     assert len(experiment.result().report["student_alone"]["test_nll"]) == 1
 
 
@@ -424,11 +420,11 @@ def test_a_given_teacher_always_gets_raw_features_and_is_asked_once() -> None:
 
     result = kd.distill(Counting([3, 3]), (), (x, x.argmax(axis=1)), epochs=1, seeds=(0, 1), alone=False)
     assert result.report["teacher"]["test_accuracy"] == [1.0, 1.0]
-    assert len(calls) == 3, "a look at the first rows, the training part and the test part"
+    assert len(calls) == 4, "a look at the first rows, then the training, the validation and the test part"
 
 
 def test_a_teacher_with_nan_logits_is_refused_before_training() -> None:
-    with pytest.raises(ArgumentError, match="finite logits"):
+    with pytest.raises(ArgumentError, match="row 0 must be a largest score that is a finite number"):
         kd.distill(lambda x: np.full((len(x), 10), np.nan), (8,), "digits")
 
 

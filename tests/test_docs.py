@@ -57,3 +57,12 @@ def test_the_page_of_one_step_shows_the_step_that_runs(capsys: pytest.CaptureFix
     kernels = re.compile(r"^  #\d+ +(\w+) +(\d.*?)  ", re.M)
     assert kernels.findall(shown) == kernels.findall(printed)
     assert kernels.findall(shown)
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
+def test_the_page_of_stores_writes_one_and_reads_it_in_two_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for code in blocks("docs/stores.md", "python"):
+        run("docs/stores.md", code, names)
+    assert "1,797 rows, 10 classes, float16" in capsys.readouterr().out
+    np.testing.assert_array_equal(names["first"][names["data"].rows_train], names["logits"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -18,6 +18,7 @@ import minikd as kd
 from minikd import functional as F
 from minikd.errors import ArgumentError, DTypeError, MinikdError, ShapeError
 from minikd.ops.losses import one_hot
+from minikd.ops.random import random_words
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -650,9 +651,24 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "cross_entropy of probabilities": lambda x: F.cross_entropy(x, hot(LABELS, 3)),
     "kl_div": lambda x: F.kl_div(x, np.exp(STUDENT)),
     "distillation_loss": lambda x: F.distillation_loss(x, TEACHER, LABELS),
+    "reverse_kl": lambda x: F.reverse_kl(x, TEACHER),
+    "jensen_shannon": lambda x: F.jensen_shannon(x, TEACHER),
+    "skewed_kl": lambda x: F.skewed_kl(x, TEACHER),
+    "decoupled_kd": lambda x: F.decoupled_kd(x, TEACHER, LABELS),
+    "standardised_kl": lambda x: F.standardised_kl(x, TEACHER),
     "linear_distillation_loss": lambda x: F.linear_distillation_loss(x, np.ones((3, 3)), None, TEACHER, LABELS),
     "distillation_loss of probabilities": lambda x: F.distillation_loss(x, TEACHER, hot(LABELS, 3)),
+    "teacher_confidence": lambda x: F.teacher_confidence(x),
+    "teacher_confidence of labels": lambda x: F.teacher_confidence(x, LABELS, 2.0),
+    "corrected_logits": lambda x: F.corrected_logits(x, 1 - LABELS),
+    "shift_images": lambda x: F.shift_images(
+        np.repeat(x, 3, axis=1) if isinstance(x, np.ndarray) else thrice(x), (3, 3), 1
+    ),
 }
+
+
+def thrice(x: kd.Tensor) -> kd.Tensor:
+    return kd.Tensor(np.repeat(x.numpy(), 3, axis=1))
 
 
 @each_float
@@ -1214,3 +1230,191 @@ def test_float32_results_are_as_accurate_for_rows_far_from_zero(offset: int) -> 
         options = {"temperature": t, "hard_weight": 0.0, "soft_weight": 1.0, "reduction": "none", "return_grad": True}
         _, gradient = F.distillation_loss(z_s, z_t, **options)
         assert (np.abs(gradient - t * (p - q)) <= 1e-6 * t * np.maximum(p, q).max(axis=1, keepdims=True)).all()
+
+
+# --- what a teacher is worth ---
+
+
+@each_float
+def test_a_teachers_confidence_is_the_share_of_entropy_that_it_has_taken_away(dtype: Any) -> None:
+    z = np.array([[0, 0, 0, 0], [0, -np.inf, -np.inf, -np.inf], [1, 1, -np.inf, -np.inf], [3, 1, 0, -1]], dtype)
+    q = plain_softmax(z[3].astype(float), 2.0)
+    last = 1 + (q * np.log(q)).sum() / np.log(4)
+    weights = F.teacher_confidence(z, temperature=2.0)
+    assert weights.dtype == dtype
+    np.testing.assert_allclose(weights, [0, 1, 0.5, last], rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(F.teacher_confidence(np.array([[7], [-3]], dtype)), [1, 1])
+
+
+@each_float
+@pytest.mark.parametrize("classes", [4, 150])
+def test_with_labels_a_teachers_confidence_is_its_probability_of_the_true_class(dtype: Any, classes: int) -> None:
+    z = random_logits(5, 6, classes).astype(dtype)
+    labels = np.array([0, 1, -100, 3, -100, 2])
+    q = plain_softmax(z, 3.0)
+    wanted = [q[k].max() if y == -100 else q[k, y] for k, y in enumerate(labels)]
+    np.testing.assert_allclose(F.teacher_confidence(z, labels, 3.0), wanted, rtol=1e-5)
+    np.testing.assert_array_equal(
+        F.teacher_confidence(z, np.where(labels < 0, 3, labels), 3.0, ignore_index=3)[[2, 4]],
+        F.teacher_confidence(z, labels, 3.0)[[2, 4]],
+    )
+
+
+@each_float
+def test_a_broken_row_of_a_teacher_has_no_confidence_and_spoils_no_other(dtype: Any) -> None:
+    z = np.array([[0, np.nan, 1], [1, 2, 3], [np.inf, 0, 0], [-np.inf] * 3], dtype)
+    for target in (None, np.array([0, 1, 2, -100])):
+        weights = F.teacher_confidence(z, target)
+        assert np.isnan(weights).tolist() == [True, False, True, True]
+        assert weights[1] == F.teacher_confidence(z[1:2], None if target is None else target[1:2])
+
+
+@may_look_like_probabilities
+@settings(max_examples=40)
+@given(
+    z=arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 130)), elements=st.floats(-1e6, 1e6, width=32)),
+    temperature=st.floats(1e-3, 1e3),
+)
+def test_a_confidence_lies_between_zero_and_one(z: Any, temperature: float) -> None:
+    for target in (None, z.argmin(axis=1)):
+        weights = F.teacher_confidence(z, target, temperature)
+        assert ((weights >= 0) & (weights <= 1)).all()
+
+
+def test_a_confidence_of_probabilities_warns_that_they_are_no_logits() -> None:
+    with pytest.warns(UserWarning, match=LOOKS_LIKE):
+        F.teacher_confidence(np.array([[0.25, 0.75]]))
+
+
+def test_a_teachers_mistakes_are_put_right_by_exchanging_two_logits() -> None:
+    z = np.array([[5.0, 1, 2], [1, 5, 2], [0, 4, 4], [0, 4, 9]])
+    labels = np.array([2, 1, 2, -100])
+    before = z.copy()
+    np.testing.assert_array_equal(F.corrected_logits(z, labels), [[2, 1, 5], [1, 5, 2], [0, 4, 4], [0, 4, 9]])
+    np.testing.assert_array_equal(z, before)
+    np.testing.assert_array_equal(F.corrected_logits(z[:3], labels[:3], ignore_index=2), z[:3])
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_corrected_logits_have_their_largest_at_the_label_and_are_else_the_same_numbers(data: Any) -> None:
+    n, c = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 120))
+    z = random_logits(data.draw(st.integers(0, 99)), n, c)
+    labels = np.array(data.draw(st.lists(st.sampled_from([-100, *range(c)]), min_size=n, max_size=n)))
+    y = F.corrected_logits(z, labels)
+    known = labels != -100
+    np.testing.assert_array_equal(y.argmax(axis=1)[known], labels[known])
+    np.testing.assert_array_equal(y[~known], z[~known])
+    np.testing.assert_array_equal(np.sort(y, axis=1), np.sort(z, axis=1))
+    assert ((y != z).sum(axis=1) <= 2).all()
+
+
+@pytest.mark.parametrize("function", [F.teacher_confidence, F.corrected_logits])
+def test_labels_of_a_teacher_that_do_not_fit_are_refused(function: Callable[..., Any]) -> None:
+    with pytest.raises(ArgumentError, match=r"target\[1\].*got 3"):
+        function(TEACHER, [0, 3])
+    with pytest.raises(ShapeError, match=r"target must be class ids of shape \(2,\)"):
+        function(TEACHER, hot(LABELS, 3))
+    with pytest.raises(ShapeError, match="teacher_logits"):
+        function(TEACHER[0], [0])
+
+
+def test_a_temperature_that_softens_nothing_is_refused_for_a_confidence() -> None:
+    with pytest.raises(ArgumentError, match="teacher_confidence: temperature"):
+        F.teacher_confidence(TEACHER, temperature=0.0)
+
+
+def test_no_gradient_flows_through_what_a_teacher_is_worth() -> None:
+    z = kd.Tensor(TEACHER, requires_grad=True)
+    assert not F.teacher_confidence(z, LABELS).requires_grad
+    assert not F.corrected_logits(z, LABELS).requires_grad
+
+
+# --- pictures that are moved ---
+
+
+def moved_by_hand(picture: Any, down: int, right: int, fill: Any) -> Any:
+    found = fill.copy()
+    for i in range(picture.shape[0]):
+        for j in range(picture.shape[1]):
+            if 0 <= i - down < picture.shape[0] and 0 <= j - right < picture.shape[1]:
+                found[i, j] = picture[i - down, j - right]
+    return found
+
+
+def moves(n: int, most: int, seed: int, stream: int, step: int) -> Any:
+    """How far each picture goes down and right, by the text of `shift_images`."""
+    words = random_words(np, 2 * n, seed, stream ^ 2**31, step).reshape(n, 2)
+    return np.array([[int(w) * (2 * most + 1) // 2**32 - most for w in pair] for pair in words]).reshape(n, 2)
+
+
+@settings(max_examples=30)
+@given(
+    n=st.integers(0, 9),
+    shape=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    most=st.integers(0, 3),
+    seed=st.integers(-3, 2**64),
+    stream=st.integers(0, 9),
+    step=st.integers(0, 2**34),
+    filled=st.booleans(),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
+def test_a_picture_is_moved_as_a_plain_loop_moves_it(
+    n: int, shape: tuple[int, int], most: int, seed: int, stream: int, step: int, filled: bool, dtype: Any
+) -> None:
+    assume(most < min(shape))
+    size = shape[0] * shape[1]
+    x = np.arange(1, n * size + 1).reshape(n, size).astype(dtype)
+    fill = -np.arange(1, size + 1).astype(dtype) if filled else None
+    y = F.shift_images(x, shape, step, most=most, fill=fill, seed=seed, stream=stream)
+    blank = (np.zeros(size, dtype) if fill is None else fill).reshape(shape)
+    wanted = [
+        moved_by_hand(picture.reshape(shape), *by, blank).ravel()
+        for picture, by in zip(x, moves(n, most, seed, stream, step), strict=True)
+    ]
+    np.testing.assert_array_equal(y, np.array(wanted, dtype).reshape(n, size))
+    assert y.dtype == dtype
+
+
+def test_a_row_moves_alike_whatever_rows_stand_behind_it_and_else_at_random() -> None:
+    x = np.tile(np.arange(1, 26, dtype=np.float32), (700, 1))
+    y = F.shift_images(x, (5, 5), 3, seed=1)
+    np.testing.assert_array_equal(F.shift_images(x[:7], (5, 5), 3, seed=1), y[:7])
+    for change in ({"step": 4}, {"seed": 2}, {"stream": 1}):
+        assert not np.array_equal(F.shift_images(x, (5, 5), **{"step": 3, "seed": 1, **change}), y)
+    assert len(np.unique(y, axis=0)) == 25
+
+
+def test_every_move_is_drawn_as_often_as_any_other() -> None:
+    n = 50_000
+    counts = np.unique(moves(n, 2, 7, 0, 0) @ [5, 1], return_counts=True)[1]
+    assert len(counts) == 25
+    np.testing.assert_allclose(counts, n / 25, atol=5 * math.sqrt(n / 25))
+
+
+def test_moves_are_no_numbers_of_a_dropout_layer_with_the_same_seed_and_stream() -> None:
+    assert not np.array_equal(random_words(np, 8, 5, 3 ^ 2**31, 1), random_words(np, 8, 5, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"shape": (4, 5)}, ShapeError, r"x must be of shape \(n, 20\)"),
+        ({"shape": (16,)}, ArgumentError, "shape must be the height and width"),
+        ({"shape": 4}, ArgumentError, "shape must be the height and width"),
+        ({"shape": (-4, -4)}, ArgumentError, "shape must be the height and width"),
+        ({"shape": (4.0, 4)}, ArgumentError, "shape must be the height and width"),
+        ({"x": np.ones(16)}, ShapeError, "x must be of shape"),
+        ({"most": 4}, ArgumentError, "most must be a whole number from 0 to 3"),
+        ({"most": -1}, ArgumentError, "most must be a whole number from 0 to 3"),
+        ({"most": 1.5}, ArgumentError, "most must be a whole number from 0 to 3"),
+        ({"fill": np.ones(4)}, ShapeError, "fill must be of shape"),
+    ],
+)
+def test_what_cannot_be_moved_is_refused_in_words(change: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        F.shift_images(**{"x": np.ones((2, 16)), "shape": (4, 4), "step": 0, **change})
+
+
+def test_no_gradient_flows_through_a_moved_picture() -> None:
+    assert not F.shift_images(kd.Tensor(np.ones((2, 9)), requires_grad=True), (3, 3), 0).requires_grad

@@ -54,6 +54,9 @@ CALLS: dict[str, Callable[..., Any]] = {
         soft_weight=1.0 + seed,
         return_grad=True,
     ),
+    "jensen_shannon": lambda seed, **s: F.jensen_shannon(
+        logits(seed, **s), logits(seed + 9, **s), beta=1 / (2.0 + seed), temperature=1.0 + seed, return_grad=True
+    ),
 }
 each_call = pytest.mark.parametrize("name", CALLS)
 

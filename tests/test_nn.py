@@ -419,6 +419,33 @@ def test_the_dropout_layers_of_a_network_draw_from_different_streams() -> None:
     assert len(set(masks)) == len(masks) == 3
 
 
+def test_the_counters_of_a_network_are_the_buffers_that_its_layers_count_in() -> None:
+    shared = Dropout(0.5, seed=1)
+    model = Sequential(Linear(4, 3), shared, Sequential(Dropout(0.5, seed=2), ReLU()), shared)
+    assert list(model.counters()) == ["1.step", "2.0.step"]
+    assert list(shared.counters()) == ["step"]
+    model(kd.Tensor(rows(5, 4)))
+    assert {name: int(count) for name, count in model.counters().items()} == {"1.step": 2, "2.0.step": 1}
+    model.counters()["1.step"][...] = 40
+    assert shared.step == 40
+    assert MLP([4, 3, 2]).counters() == {}
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_compiled_network_goes_on_from_counters_that_are_set() -> None:
+    model, x = MLP([4, 30, 3], dropout=0.5, seed=3), rows(6, 4)
+    step = kd.compile(lambda x: model(x))
+    for _ in range(3):
+        step(x)
+    saved = {name: count.copy() for name, count in model.counters().items()}
+    wanted = [step(x).numpy().copy() for _ in range(3)]
+    for name, count in model.counters().items():
+        count[...] = saved[name]
+    for values in wanted:
+        np.testing.assert_array_equal(step(x).numpy(), values)
+    assert len(step.plans) == 1
+
+
 # --- the arena ---
 
 

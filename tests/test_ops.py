@@ -71,10 +71,16 @@ TOLERANCES = {
     "soft_cross_entropy": Tolerance(8, 8),
     "kl_div": Tolerance(8, 8),
     "distillation_loss": Tolerance(8, 8),
+    "reverse_kl": Tolerance(8, 8),
+    "jensen_shannon": Tolerance(8, 8),
+    "skewed_kl": Tolerance(8, 8),
+    "decoupled_kd": Tolerance(8, 8),
+    "standardised_kl": Tolerance(8, 8),
     "linear_distillation_loss": Tolerance(8, 64),
     "sgd_step": Tolerance(4, 4),
     "adam_step": Tolerance(8, 4),
     "max_norm": Tolerance(8, 0),
+    "teacher_confidence": Tolerance(16, 8),
 }
 
 

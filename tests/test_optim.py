@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 import minikd as kd
 from minikd import functional as F
-from minikd.errors import ArgumentError, TapeError
+from minikd.errors import ArgumentError, DTypeError, ShapeError, TapeError
+from minikd.kernels import run
 from minikd.nn import MLP
 from minikd.optim import OPTIMIZERS, SCHEDULES, SGD, Adam, AdamW, Constant, Cosine, Optimizer, Step
 
@@ -169,6 +173,142 @@ def test_max_norm_scales_the_rows_of_matrices_down_and_leaves_all_else(dtype: An
     assert b.numpy().tolist() == [5, 6]
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gradients_are_clipped_together_to_one_norm_before_the_step(dtype: Any) -> None:
+    w, b = (kd.Tensor(np.array(x, dtype), requires_grad=True) for x in ([[3, 0], [0, 0]], [4, 12]))
+    opt = SGD([w, b], lr=1.0, clip=6.5)
+    ((w * w).sum() * 0.5 + (b * b).sum() * 0.5).backward()  # the gradient is the value, of norm 13
+    opt.step()
+    np.testing.assert_allclose(w.grad.numpy(), [[1.5, 0], [0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(w.numpy(), [[1.5, 0], [0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(b.numpy(), [2, 6], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("clip", [None, 13.0, 1e30])
+def test_gradients_within_the_norm_are_not_touched(clip: float | None) -> None:
+    w = kd.Tensor(np.array([3.0, 4.0, 12.0]), requires_grad=True)
+    opt = Adam([w], clip=clip)
+    (w * w).sum().backward(np.asarray(0.5))
+    opt.step()
+    assert w.grad.numpy().tolist() == [3, 4, 12]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_clipping_leaves_a_broken_gradient_to_be_seen(broken: float) -> None:
+    w = kd.Tensor(np.zeros(3, np.float32), requires_grad=True)
+    opt = SGD([w], lr=1.0, clip=0.5)
+    (w * np.array([2, broken, 1], np.float32)).sum().backward()
+    opt.step()
+    np.testing.assert_array_equal(w.grad.numpy(), np.array([2, broken, 1], np.float32))
+    np.testing.assert_array_equal(w.numpy(), np.array([-2, -broken, -1], np.float32))
+
+
+@pytest.mark.usefixtures("backend")
+@settings(max_examples=30)
+@given(
+    g=arrays(np.float32, st.integers(1, 200), elements=st.floats(-(2.0**100), 2.0**100, width=32)),
+    limit=st.floats(1e-3, 1e3),
+)
+def test_a_clipped_gradient_keeps_its_direction_and_is_no_longer_than_the_limit(g: Any, limit: float) -> None:
+    clipped = g.copy()
+    run("clip_norm", clipped, limit=limit)
+    norm = float(np.linalg.norm(g.astype(np.float64)))
+    factor = min(1.0, limit / norm) if norm else 1.0
+    np.testing.assert_allclose(clipped, g.astype(np.float64) * factor, rtol=1e-6, atol=1e-37)
+    assert np.linalg.norm(clipped.astype(np.float64)) <= max(min(norm, limit), 0) * (1 + 1e-6)
+
+
+# --- what steps leave behind ---
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS_AND_LOOPS)
+def test_an_optimizer_that_loads_a_state_goes_on_as_the_one_that_gave_it(name: str) -> None:
+    make, _ = OPTIMIZERS_AND_LOOPS[name]
+    w = kd.Tensor(START.astype(np.float32), requires_grad=True)
+    first = make([w])
+    for _ in range(3):
+        descend(first, [w])
+    first.lr = 0.03
+    again = kd.Tensor(w.numpy().copy(), requires_grad=True)
+    second = make([again])
+    second.load_state_dict(first.state_dict())
+    assert (second.lr, second.steps) == (0.03, 3)
+    for _ in range(3):
+        descend(first, [w])
+        descend(second, [again])
+    assert again.numpy().tobytes() == w.numpy().tobytes()
+
+
+def test_a_state_is_a_copy_with_the_names_of_what_is_kept() -> None:
+    w = kd.Tensor(START, requires_grad=True)
+    opt = Adam([w], 0.25)
+    descend(opt, [w])
+    state = opt.state_dict()
+    assert list(state) == ["lr", "steps", "m", "v"]
+    assert (state["lr"][()], state["steps"][()], state["steps"].dtype) == (0.25, 1, np.int64)
+    assert state["m"].shape == (START.size,)
+    before = {name: value.copy() for name, value in state.items()}
+    descend(opt, [w])
+    for name, value in before.items():
+        np.testing.assert_array_equal(state[name], value)
+    assert list(SGD([kd.Tensor(START, requires_grad=True)], 0.1).state_dict()) == ["lr", "steps"]
+    assert list(OPTIMIZERS["sgd"]([kd.Tensor(START, requires_grad=True)], 0.1).state_dict()) == ["lr", "steps", "v"]
+
+
+def test_a_compiled_step_goes_on_with_a_state_that_is_loaded_and_records_nothing_anew() -> None:
+    model = MLP([2, 8, 2], seed=1)
+    opt = Adam(model.parameters(), 0.01, clip=0.1)
+
+    @kd.compile
+    def step(x: Any, y: Any) -> Any:
+        loss = F.cross_entropy(model(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        return loss
+
+    x = SPIRALS.astype(np.float32)
+    for _ in range(3):
+        step(x, SIDES)
+    saved, values = opt.state_dict(), model.state_dict()
+    wanted = [float(step(x, SIDES).item()) for _ in range(3)]
+    opt.load_state_dict(saved)
+    model.load_state_dict(values)
+    assert [float(step(x, SIDES).item()) for _ in range(3)] == wanted
+    assert len(step.plans) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"m": None}, ArgumentError, r"missing \['m'\]"),
+        ({"velocity": np.zeros(6)}, ArgumentError, r"unknown \['velocity'\]"),
+        ({"v": np.zeros((2, 3))}, ShapeError, r"v must be of shape \(6,\), got shape \(2, 3\)"),
+        ({"lr": np.zeros(1)}, ShapeError, "lr must be of shape"),
+        ({"lr": np.array(-1.0)}, ArgumentError, "lr must be a finite number from 0"),
+        ({"lr": np.array(np.nan)}, ArgumentError, "lr must be a finite number from 0"),
+        ({"steps": np.array(-1)}, ArgumentError, "steps must be 0 or above"),
+        ({"steps": np.array(2.5)}, DTypeError, "steps must be an array of integers"),
+        ({"v": np.zeros(6, complex)}, DTypeError, "v must be"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_in_words_and_changes_nothing(
+    change: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    w = kd.Tensor(START, requires_grad=True)
+    opt = Adam([w])
+    descend(opt, [w])
+    before = opt.state_dict()
+    state = {name: value + 1 for name, value in before.items()} | change
+    with pytest.raises(error, match=said):
+        opt.load_state_dict({name: value for name, value in state.items() if value is not None})
+    for name, value in opt.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
 def test_a_second_optimizer_of_the_same_parameters_goes_on_where_the_first_stopped() -> None:
     w = kd.Tensor(OTHER, requires_grad=True)
     first = SGD([w], lr=0.1)
@@ -194,6 +334,9 @@ def test_a_second_optimizer_of_the_same_parameters_goes_on_where_the_first_stopp
         (lambda p: SGD(p, 0.1, nesterov=True), "nesterov"),
         (lambda p: SGD(p, 0.1, weight_decay=-1), "weight_decay"),
         (lambda p: SGD(p, 0.1, max_norm=0.0), "max_norm"),
+        (lambda p: SGD(p, 0.1, clip=0.0), "clip"),
+        (lambda p: Adam(p, clip=-1.0), "clip"),
+        (lambda p: AdamW(p, clip=math.nan), "clip"),
         (lambda p: Adam(p, betas=(0.9, 1.0)), "betas"),
         (lambda p: Adam(p, betas=(0.9,)), "betas"),
         (lambda p: AdamW(p, eps=0), "eps"),
@@ -243,6 +386,13 @@ def test_the_named_optimizers_are_what_their_names_stand_for() -> None:
     assert made["sgd"].attrs == {"momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
     assert made["nesterov"].attrs["nesterov"]
     assert all(opt.lr == 0.1 for opt in made.values())
+    assert all(opt.clip is None for opt in made.values())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_named_optimizer_takes_the_settings_that_all_share(name: str) -> None:
+    opt = OPTIMIZERS[name]([kd.Tensor(OTHER, requires_grad=True)], lr=0.1, clip=2.0, max_norm=3.0)
+    assert (opt.clip, opt.max_norm) == (2.0, 3.0)
 
 
 # --- whole trainings ---

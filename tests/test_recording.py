@@ -98,6 +98,9 @@ READS: dict[str, Use] = {
     "an einsum": lambda s, x, y: np.einsum("ij->i", x),
     "the learning rate": lambda s, x, y: s.train(F.cross_entropy(s.model(x), y) * s.opt.lr),
     "the number of steps": lambda s, x, y: s.train(F.cross_entropy(s.model(x), y) * float(s.opt.steps)),
+    "the state of an optimizer": lambda s, x, y: s.opt.state_dict(),
+    "a state loaded into an optimizer": lambda s, x, y: s.opt.load_state_dict({"lr": 0.1, "steps": 0, **s.opt.state}),
+    "the counters of a model": lambda s, x, y: s.model.counters(),
     "the steps of dropout": lambda s, x, y: nn.Dropout(0.5).step,
     "an optimizer made inside": lambda s, x, y: kd.optim.SGD(nn.MLP([4, 3]).parameters(), 0.1),
     "predictions that are read": lambda s, x, y: s.model.predict(x)[0] + 1,
@@ -129,6 +132,7 @@ DIFFERS: dict[str, Use] = {
     "a layer made here": lambda s, x, y: F.linear(x, kd.Tensor(np.ones((2, 4), np.float32))),
     "a list as rows": lambda s, x, y: F.take(x, [0, 1]),
     "a dropout step that counts": lambda s, x, y: F.dropout(x, 0.5, step=next(s.count)),
+    "a step of moves that counts": lambda s, x, y: F.shift_images(x, (2, 2), next(s.count), most=1),
     "a row of data": lambda s, x, y: s.model(x) + np.float32(s.table)[next(s.count) :][:3],
 }
 

@@ -277,7 +277,7 @@ def test_results_can_be_written_before_there_are_any_models(result: DistillResul
     empty = Experiment(SETTINGS, dataset=result.dataset).result()
     folder = report.RunFolder(tmp_path)
     folder.write_results(empty)
-    assert [name for name, _ in folder.files()] == ["report.json", "history.csv"]
+    assert [name for name, _ in folder.files()] == ["report.json", "history.csv", "history.jsonl"]
 
 
 def test_a_folder_with_results_is_only_used_where_that_was_allowed(result: DistillResult, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 PLANS = """
 import gc
+import math
 import sys
 
 import numpy as np
@@ -37,12 +38,19 @@ def data(n, k, c, real):
 def training(sizes, activation, optimizer, real):  # whose arrays nobody else holds
     x, y, teacher = data(101, sizes[0], sizes[-1], real)
     model = kd.nn.MLP(sizes, activation, dropout=0.2, dtype=real)
-    opt = optimizer(model.parameters(), 0.01)
+    opt, side = optimizer(model.parameters(), 0.01, clip=0.5), math.isqrt(sizes[0])
+    shape = (side, side) if side * side == sizes[0] else (1, sizes[0])
+    count, moved = np.zeros((), np.int64), {"most": min(2, shape[0] - 1), "fill": np.ones(sizes[0], real)}
 
     @kd.compile
     def step(rows, temperature):
-        scores, soft, labels = model(F.take(x, rows)), F.take(teacher, rows), F.take(y, rows)
-        loss = F.distillation_loss(scores, soft, labels, temperature=temperature)
+        kd.kernels.run("advance", count)
+        soft, labels = F.take(teacher, rows), F.take(y, rows)
+        scores = model(F.shift_images(F.take(x, rows), shape, count, **moved))
+        weights = F.teacher_confidence(soft, labels, temperature), F.teacher_confidence(kd.Tensor.of(soft))
+        soft = F.corrected_logits(soft, labels)
+        rows_of_loss = F.distillation_loss(scores, soft, labels, temperature=temperature, reduction="none")
+        loss = (rows_of_loss * (weights[1] + weights[0])).mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -76,6 +84,18 @@ for real in ("float32", "float64"):
         else:
             raise AssertionError("a row number out of range was taken")
         step(np.arange(32), np.array(2.0))
+    for n, c in ((1, 3), (33, 10), (5, 100), (3, 101), (2, 1003), (2, 5003)):
+        _, labels, student = data(n, 1, c, real)
+        teacher, labels[0] = data(n, 1, c, real)[2], -100
+        for found in (
+            F.reverse_kl(student, teacher, return_grad=True),
+            F.jensen_shannon(student, teacher, return_grad=True),
+            F.skewed_kl(student, teacher, return_grad=True),
+            F.skewed_kl(student, teacher, alpha=0, return_grad=True),
+            F.decoupled_kd(student, teacher, labels, return_grad=True),
+            F.standardised_kl(student, teacher, return_grad=True),
+        ):
+            assert all(np.isfinite(x).all() for x in found)
 print("clean")
 """
 

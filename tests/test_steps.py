@@ -109,6 +109,8 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adam": lambda p: kd.optim.Adam(p, 0.01),
     "adam with decay": lambda p: kd.optim.Adam(p, 0.01, weight_decay=0.1),
     "adamw": lambda p: kd.optim.AdamW(p, 0.01, max_norm=1.0),
+    "clipped": lambda p: kd.optim.Adam(p, 0.01, clip=0.05),
+    "clipped and constrained": lambda p: kd.optim.SGD(p, 0.1, momentum=0.9, max_norm=0.7, clip=0.1),
 }
 ACTIVATIONS = ("relu", "gelu", "tanh", "sigmoid")
 
@@ -756,6 +758,10 @@ CHANGES: dict[str, Callable[[World], None]] = {
     ),
     "no gradients": lambda world: world.optimizers[0].zero_grad(),
     "max_norm": lambda world: setattr(world.optimizers[0], "max_norm", 0.3),
+    "clip": lambda world: setattr(world.optimizers[0], "clip", 0.05),
+    "state loaded": lambda world: world.optimizers[0].load_state_dict(
+        {name: value / 2 if name != "steps" else value for name, value in world.optimizers[0].state_dict().items()}
+    ),
     "momentum": lambda world: world.optimizers[0].state["v"].fill(0.25),
     "predicted": lambda world: world.more["model"].predict(np.ones((2, 6), np.float32)) is None,
 }
@@ -769,6 +775,37 @@ def test_whatever_is_changed_between_two_calls_is_noticed(changes: list[str], dr
     for change in changes:
         calls += [CHANGES[change], *batches(4)]
     compare(lambda: simple(dropout), calls)
+
+
+@each_backend
+def test_a_step_that_moves_pictures_and_weighs_a_corrected_teacher_is_replayed_bit_by_bit() -> None:
+    def build() -> World:
+        model, fill, count = (
+            nn.MLP([12, 8, 4], dropout=0.3, seed=3),
+            np.full(12, -0.5, np.float32),
+            np.zeros((), np.int64),
+        )
+        optimizer = kd.optim.Adam(model.parameters(), 0.05, clip=0.3)
+
+        def step(x: Any, teacher: Any, y: Any, t: Any) -> Any:
+            kd.kernels.run("advance", count)
+            moved = F.shift_images(x, (3, 4), count, fill=fill, seed=5)
+            weight = F.teacher_confidence(teacher, y, t) + F.teacher_confidence(kd.Tensor.of(teacher), temperature=t)
+            z = F.corrected_logits(teacher, y)
+            loss = (F.distillation_loss(model(moved), z, y, temperature=t, reduction="none") * weight).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss, moved, weight, z
+
+        return World(step, [model], [optimizer])
+
+    rng = np.random.default_rng(0)
+    calls = [
+        (normal(rng, n, 12), normal(rng, n, 4), np.where(rng.random(n) < 0.2, -100, rng.integers(0, 4, n)), np.array(t))
+        for n, t in [(5, 2.0), (5, 4.0), (5, 1.0), (3, 2.0), (3, 8.0), (5, 2.0), (3, 1.0)]
+    ]
+    compare(build, calls)
 
 
 @each_backend

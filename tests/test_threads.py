@@ -59,6 +59,7 @@ def flat(rng: np.random.Generator, size: int, dtype: str) -> dict[str, tuple[lis
     return {
         "sgd_step": ([x.copy(), np.abs(g)], [g, lr], momentum),
         "adam_step": ([x.copy(), g.copy(), np.abs(x)], [g, lr, step], {"weight_decay": 0.1}),
+        "clip_norm": ([x.copy()], [], {"limit": 0.5}),
         "add_into": ([x.copy()], [g], {}),
         "dropout": ([np.empty_like(x), np.empty_like(x)], [x, step], {"p": 0.3, "seed": 5, "stream": 2}),
         "dropout_vjp": ([np.empty_like(x)], [g, None, x, None, None], {"p": 0.3}),
@@ -74,6 +75,14 @@ def on_rows(rng: np.random.Generator, n: int, m: int, dtype: str) -> dict[str, t
         "take": ([np.empty_like(x)], [x, rows], {}),
         "take_scaled": ([np.empty_like(x)], [(x * 100).astype(np.int8).view(np.uint8), rows, *scales], {}),
     }
+    shifts = {"width": m, "most": 0, "seed": 5, "stream": 2}
+    found["shift_images"] = ([np.empty_like(x)], [x, b, np.array(3)], shifts)
+    if m % 27 == 0:
+        found["shift_images of lines"] = (
+            [np.empty_like(x)],
+            [x, None, np.array(3)],
+            {**shifts, "width": 27, "most": 2},
+        )
     for name in ACTIVATIONS:
         found[name] = ([np.empty_like(x)], [x, b], {})
         found[name + "_vjp"] = ([np.empty_like(x), np.empty_like(b)], [dy, y, x, b], {})
@@ -109,6 +118,9 @@ def on_classes(rng: np.random.Generator, n: int, c: int, dtype: str) -> dict[str
         "distillation_loss near": (outs(loss, z), [z, z + other / 1000, target, *scalars], {}),
         "argmax": (outs(target), [z], {}),
         "correct_count": ([np.empty((), np.int64)], [z, target], {}),
+        "teacher_confidence": (outs(row), [z, None, t], {}),
+        "teacher_confidence of labels": (outs(row), [z, target, t], {}),
+        "corrected_logits": (outs(z), [z, target], {}),
     }
 
 
@@ -132,7 +144,7 @@ def test_elements_are_the_same_bits_on_any_number_of_threads(size: int, dtype: s
 @each_float
 @pytest.mark.parametrize(
     "shape",
-    [(0, 5), (1, 2_000_001), (3, 511), (256, 512), (2048, 513), (1000, 1700), (150_001, 10), (33, 40_000)],
+    [(0, 5), (1, 2_000_001), (3, 511), (256, 512), (2048, 513), (3000, 729), (1000, 1700), (150_001, 10), (33, 40_000)],
 )
 def test_rows_are_the_same_bits_on_any_number_of_threads(shape: tuple[int, int], dtype: str) -> None:
     assert_same_bits_on_any_number_of_threads(on_rows(np.random.default_rng(shape[1]), *shape, dtype))

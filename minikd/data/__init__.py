@@ -2,6 +2,7 @@
 
 from minikd.data.batches import batches
 from minikd.data.dataset import Dataset, Normalisation
+from minikd.data.raw import sha256_of
 from minikd.data.sources import load
 
-__all__ = ["Dataset", "Normalisation", "batches", "load"]
+__all__ = ["Dataset", "Normalisation", "batches", "load", "sha256_of"]

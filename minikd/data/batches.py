@@ -9,7 +9,7 @@ import numpy as np
 from minikd.data.checks import whole_number
 
 # One stream of random numbers per purpose, so that the same seed for two purposes gives unrelated orders.
-BATCHES, SPLIT, FEW_LABELS = range(3)
+BATCHES, SPLIT, FEW_LABELS, BALANCED = range(4)
 
 
 def shuffled(n: int, seed: int, *stream: int) -> np.ndarray:
@@ -33,3 +33,26 @@ def batches(n: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool = T
     seed, epoch = whole_number("batches", "seed", seed), whole_number("batches", "epoch", epoch)
     order = shuffled(n, seed, BATCHES, epoch) if shuffle else np.arange(n, dtype=np.int64)
     return (order[start : start + batch_size] for start in range(0, n, batch_size))
+
+
+def balanced_batches(classes: np.ndarray, batch_size: int, *, seed: int, start: int = 0) -> Iterator[np.ndarray]:
+    """Endless batches in which each class comes equally often: places 0..n-1 of `classes`, int64 of (batch_size,).
+
+    classes : (n,) class ids; rows without a label count as one class more.
+    Classes take turns, and the rows of a class are shuffled anew each time all of them have been there. A batch is a
+    function of (classes, batch_size, seed, its number) alone; the first one has the number `start`.
+    """
+    kinds, kind_of = np.unique(classes, return_inverse=True)
+    members = [np.flatnonzero(kind_of == k) for k in range(len(kinds))]
+    orders: list[tuple[int, np.ndarray]] = [(-1, np.empty(0, np.int64)) for _ in members]
+    number = start
+    while True:
+        turns, kind = np.divmod(np.arange(number * batch_size, (number + 1) * batch_size), len(kinds))
+        batch = np.empty(batch_size, np.int64)
+        for place, (k, turn) in enumerate(zip(kind.tolist(), turns.tolist(), strict=True)):
+            cycle, within = divmod(turn, len(members[k]))
+            if orders[k][0] != cycle:
+                orders[k] = cycle, members[k][shuffled(len(members[k]), seed, BALANCED, k, cycle)]
+            batch[place] = orders[k][1][within]
+        yield batch
+        number += 1

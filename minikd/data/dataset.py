@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -86,6 +86,10 @@ class Normalisation:
         return result
 
 
+def _unnumbered() -> np.ndarray:
+    return np.empty(0, np.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set that is ready to train on; made by `data.load`.
@@ -95,6 +99,9 @@ class Dataset:
     feature_shape : the shape of one row as read, such as (28, 28); (m,) where rows were flat.
     normalisation : fitted to the training part alone.
     sha256 : hex digest of the raw arrays as read, so that a report can say which data it saw (see `RawData.sha256`).
+    rows_train, rows_validation, rows_test : int64 of shape (n,), the sample number of each row: its place in the source
+        before anything was split, whose own parts are counted one after another (train, validation, test). Left out,
+        rows are numbered as the parts follow one another.
     """
 
     name: str
@@ -108,6 +115,23 @@ class Dataset:
     feature_shape: tuple[int, ...]
     normalisation: Normalisation
     sha256: str
+    rows_train: np.ndarray = field(default_factory=_unnumbered)
+    rows_validation: np.ndarray = field(default_factory=_unnumbered)
+    rows_test: np.ndarray = field(default_factory=_unnumbered)
+
+    def __post_init__(self) -> None:
+        """Number the rows where nobody did; ShapeError where there is not one number for each row."""
+        numbers = {name: getattr(self, f"rows_{name}") for name in self.sizes}
+        if not any(len(rows) for rows in numbers.values()):
+            start = 0
+            for name, size in self.sizes.items():
+                object.__setattr__(self, f"rows_{name}", np.arange(start, start + size, dtype=np.int64))
+                start += size
+            return
+        for name, size in self.sizes.items():
+            if numbers[name].shape != (size,):
+                got = f"shape {numbers[name].shape}"
+                raise ShapeError("Dataset", f"rows_{name}", expected=f"a number for each of {size} rows", got=got)
 
     @property
     def classes(self) -> int:

@@ -25,12 +25,34 @@ class Part(NamedTuple):
     y_name: str = "y"
 
 
+PARTS = ("train", "validation", "test")  # in this order a source's rows are numbered, and its arrays hashed
 # Which arrays make a source, by the names that archives and errors give them.
 LAYOUTS: tuple[dict[str, tuple[str, str]], ...] = (
     {"train": ("x", "y")},
     {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")},
     {"train": ("x_train", "y_train"), "validation": ("x_validation", "y_validation"), "test": ("x_test", "y_test")},
 )
+
+
+_BLOCK = 1 << 22  # bytes that are brought into C order at a time
+
+
+def sha256_of(*arrays: np.ndarray) -> str:
+    """Hex digest of arrays: `sha256_of(x, y)` is that of the data set `load((x, y))`.
+
+    For each array the text "<dtype> <shape>\\n", as NumPy writes them for the little-endian dtype, then the values'
+    bytes in C order and little-endian. Arrays that are mapped into memory are read block by block.
+    """
+    digest = hashlib.sha256()
+    for array in arrays:
+        little = array.dtype.newbyteorder("<")
+        digest.update(f"{little.str} {array.shape}\n".encode())
+        rows = array.reshape(1) if array.ndim == 0 else array
+        step = max(1, _BLOCK // max(1, rows[:1].nbytes))
+        for start in range(0, len(rows), step):
+            block = np.ascontiguousarray(rows[start : start + step], little)
+            digest.update(block.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,18 +73,9 @@ class RawData:
 
     @property
     def sha256(self) -> str:
-        """Hex digest of the arrays as read.
-
-        In the order train, validation, test and within each x, y: the text "<dtype> <shape>\\n", as NumPy writes
-        them for the little-endian dtype, then the values' bytes in C order and little-endian.
-        """
-        digest = hashlib.sha256()
-        for part in (self.parts[name] for name in ("train", "validation", "test") if name in self.parts):
-            for array in (part.x, part.y):
-                little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-                digest.update(f"{little.dtype.str} {little.shape}\n".encode())
-                digest.update(little.reshape(-1).view(np.uint8).data)
-        return digest.hexdigest()
+        """Hex digest of the arrays as read, in the order train, validation, test and within each x, y."""
+        parts = [self.parts[name] for name in PARTS if name in self.parts]
+        return sha256_of(*(array for part in parts for array in (part.x, part.y)))
 
 
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, RuntimeError, MemoryError, zlib.error, zipfile.BadZipFile)

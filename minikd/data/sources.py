@@ -15,7 +15,7 @@ from minikd.data.archive import read_npz
 from minikd.data.checks import WHERE, check_finite, checked, whole_number
 from minikd.data.dataset import FITS, Dataset, Normalisation
 from minikd.data.idx import FILES, read_idx_folder
-from minikd.data.raw import LAYOUTS, Part, RawData
+from minikd.data.raw import LAYOUTS, PARTS, Part, RawData
 from minikd.data.splits import split
 from minikd.data.table import read_csv
 from minikd.errors import ArgumentError, DataError, ShapeError
@@ -128,6 +128,12 @@ def _wanted(raw: RawData, asked: dict[str, int | float | None], labelled: int) -
     return wanted
 
 
+def _numbered(sizes: dict[str, int]) -> dict[str, np.ndarray]:
+    """The sample numbers of a source's own parts: counted through in the order of PARTS."""
+    ends = dict(zip(PARTS, np.cumsum([sizes.get(name, 0) for name in PARTS]).tolist(), strict=True))
+    return {name: np.arange(ends[name] - size, ends[name], dtype=np.int64) for name, size in sizes.items()}
+
+
 def load(
     source: object,
     *,
@@ -169,15 +175,18 @@ def load(
     parts, class_names = checked(raw)
     x, y = parts["train"]
     wanted = _wanted(raw, {"test": test, "validation": validation}, int(np.count_nonzero(y >= 0)))
+    numbers = _numbered({name: len(y) for name, (_, y) in parts.items()})
     if wanted:
-        parts |= {name: (x[rows], y[rows]) for name, rows in split(x, y, wanted, split_seed).items()}
+        pieces = split(x, y, wanted, split_seed)  # a row's place is its number, as the training part comes first
+        numbers |= pieces
+        parts |= {name: (x[rows], y[rows]) for name, rows in pieces.items()}
     original = raw.parts["train"].x
     kind = normalise if normalise != "auto" else "image" if original.dtype == np.uint8 else "column"
     normalisation = Normalisation.fitted(parts["train"][0], kind)
     arrays: dict[str, np.ndarray] = {}
     for name, (x, y) in parts.items():
         with np.errstate(over="ignore"):  # what overflows becomes infinite, and is named below
-            arrays |= {f"x_{name}": normalisation.apply(x), f"y_{name}": y}
+            arrays |= {f"x_{name}": normalisation.apply(x), f"y_{name}": y, f"rows_{name}": numbers[name]}
         check_finite(arrays[f"x_{name}"], f"x_{name} as normalised")
     return Dataset(
         raw.name,

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from minikd import functional as F
-from minikd.objectives.objective import IGNORED, Batch, Term
+from minikd.kernels.recording import note_constant
+from minikd.objectives.objective import IGNORED, Batch, Term, constant
 
-__all__ = ["HardLabels", "LogitRegression", "SoftCrossEntropy", "SoftLabels", "Softened"]
+__all__ = ["HardLabels", "LogitRegression", "SoftCrossEntropy", "SoftLabels", "Softened", "Tempered"]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -42,7 +43,8 @@ class HardLabels(Term):
 
     def value(self, batch: Batch) -> Any:
         logits = batch.student_logits
-        weight = None if self.class_weights is None else np.array(self.class_weights, logits.dtype)
+        given = self.class_weights
+        weight = None if given is None else note_constant(np.array(given, logits.dtype))
         return F.cross_entropy(
             logits, batch.target, weight=weight, ignore_index=IGNORED, label_smoothing=self.label_smoothing
         )
@@ -67,7 +69,7 @@ class HardLabels(Term):
 
 
 @dataclass(eq=False, kw_only=True)
-class Softened(Term):
+class Tempered(Term):
     """A term in which teacher and student are softened by a temperature.
 
     Parameters
@@ -75,11 +77,9 @@ class Softened(Term):
     weight : of the term.
     temperature : T > 0; Hinton et al. found 2.5 to 20 useful, lower the smaller the student.
     temperature_schedule : a factor of progress that multiplies it.
-    scale_t2 : multiply by T², so that the gradient's size does not depend on T.
     """
 
     temperature: float = 4.0
-    scale_t2: bool = True
     temperature_schedule: Any = None
 
     def __post_init__(self) -> None:
@@ -87,8 +87,25 @@ class Softened(Term):
         fix = "Temperatures from 1 to 20 are usual."
         self.check("temperature", "a finite number above 0", 0 < self.temperature < math.inf, fix)
 
+
+@dataclass(eq=False, kw_only=True)
+class Softened(Tempered):
+    """A term in which teacher and student are softened, and that T² keeps at its size.
+
+    Parameters
+    ----------
+    weight, temperature, temperature_schedule : as in `Tempered`.
+    scale_t2 : multiply by T², so that the gradient's size does not depend on T.
+    """
+
+    scale_t2: bool = True
+
     def coefficient(self) -> float:
         return float(self.weight) * (float(self.temperature) ** 2 if self.scale_t2 else 1.0)
+
+    def scaled(self, value: Any) -> Any:
+        """T²·value, or the value alone without `scale_t2`; by two products, which take a T that varies, too."""
+        return value * self.temperature * self.temperature if self.scale_t2 else value
 
 
 @dataclass(eq=False, kw_only=True)
@@ -124,9 +141,19 @@ class SoftCrossEntropy(Softened):
     source = "Hinton, Vinyals and Dean 2015, sec. 2, where the soft term is this cross-entropy"
 
     def value(self, batch: Batch) -> Any:
-        q = F.softmax(batch.teacher_logits, temperature=self.temperature)
-        loss = F.cross_entropy(batch.student_logits * (1.0 / self.temperature), q)
-        return loss * (self.temperature * self.temperature) if self.scale_t2 else loss
+        divergence = F.distillation_loss(
+            batch.student_logits,
+            batch.teacher_logits,
+            None,
+            temperature=self.temperature,
+            hard_weight=0.0,
+            soft_weight=1.0,
+            scale_t2=self.scale_t2,
+        )
+        q = constant(F.softmax(batch.teacher_logits, temperature=self.temperature))
+        zeros = note_constant(np.zeros(q.shape, q.dtype))
+        negative_entropy = F.kl_div(zeros, q)  # Σ q·log q, which is exactly 0 where q is
+        return divergence - self.scaled(negative_entropy)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minikd.errors import ArgumentError
+from minikd.errors import ArgumentError, ShapeError
 from minikd.expressions import spelled
+from minikd.kernels import as_real
 from minikd.schedules import Schedule, as_schedule
 from minikd.tensor import Tensor
 
-__all__ = ["IGNORED", "Batch", "Objective", "Sum", "Term", "Varying"]
+__all__ = ["IGNORED", "Batch", "Objective", "Sum", "Term", "Varying", "as_target", "constant"]
 
 IGNORED = -100  # the class id, in `Batch.target`, of a row without a label
 
@@ -40,6 +41,32 @@ class Batch:
     target: Any = None
     student_features: Mapping[str, Any] = field(default_factory=dict)
     teacher_features: Mapping[str, Any] = field(default_factory=dict)
+
+    def student_layer(self, name: str) -> Tensor:
+        """What a layer of the student put out (n, k); an error in words if the batch has nothing of that name."""
+        return _layer("student_features", self.student_features, name)
+
+    def teacher_layer(self, name: str) -> Tensor:
+        """What a layer of the teacher put out (n, k), a constant."""
+        return constant(_layer("teacher_features", self.teacher_features, name))
+
+
+def constant(value: Any) -> Tensor:
+    """A teacher's output as a tensor that no gradient flows into."""
+    return Tensor.of(value.array if isinstance(value, Tensor) else as_real("Batch", "the teacher's output", value))
+
+
+def _layer(argument: str, features: Mapping[str, Any], name: str) -> Tensor:
+    if name not in features:
+        got = "the layers " + ", ".join(map(repr, features)) if features else "no layers"
+        fix = "Layers are named as in Module.named_modules; ask for them with model(x, features=[...])."
+        raise ArgumentError("Batch", argument, expected=f"with the output of layer {name!r}", got=got, fix=fix)
+    value = features[name]
+    found = value if isinstance(value, Tensor) else Tensor.of(as_real("Batch", argument, value))
+    if found.ndim != 2:
+        expected = f"of shape (n, k) at layer {name!r}"
+        raise ShapeError("Batch", argument, expected=expected, got=f"shape {found.shape}")
+    return found
 
 
 class Varying(NamedTuple):
@@ -153,6 +180,8 @@ class Sum(Objective):
                 part = term(batch)
             else:
                 left.remove(partner)
+                for each in (term, partner):
+                    each.refuse_missing(batch)
                 part = term.fused(partner, batch)
             total = part if total is None else total + part
         return total
@@ -212,8 +241,18 @@ class Term(Objective):
         raise NotImplementedError
 
     def __call__(self, batch: Batch) -> Any:
+        self.refuse_missing(batch)
         value = self.value(batch)
         return value if isinstance(self.weight, float | int) and self.weight == 1 else value * self.weight
+
+    def refuse_missing(self, batch: Batch) -> None:
+        """ArgumentError if the batch has not what this term needs."""
+        if "labels" in self.needs and batch.target is None:
+            fix = "Use a term without labels, or mark rows without one with -100."
+            raise ArgumentError(self.name, "the batch's target", expected="class ids (n,)", got="None", fix=fix)
+        if "teacher" in self.needs and batch.teacher_logits is None and not self.teacher_layers:
+            fix = "Give a teacher, or use a term without one."
+            raise ArgumentError(self.name, "the batch's teacher_logits", expected="scores (n, c)", got="None", fix=fix)
 
     def coefficient(self) -> float:
         """What stands in front of the divergence: the weight, times T² where the value holds that factor."""

@@ -5,19 +5,25 @@ differentiated, tested on every backend and documented, because all of these wal
 """
 
 from minikd.ops import (
+    divergences,
     elementwise,
     linear,
     linear_losses,
     losses,
+    pictures,
     predictions,
     random,
     reductions,
     rows,
     shapes,
+    teacher,
     updates,
 )
 from minikd.ops.op import OPS, Argument, Op, Shape
 
 __all__ = ["OPS", "Argument", "Op", "Shape"]
 
-_SUBJECTS = (elementwise, shapes, reductions, linear, rows, losses, linear_losses, predictions, random, updates)
+_SUBJECTS = (
+    *(elementwise, shapes, reductions, linear, rows, losses, divergences, linear_losses, predictions, teacher),
+    *(random, pictures, updates),
+)

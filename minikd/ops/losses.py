@@ -35,7 +35,7 @@ def row_scale(divisor: Any, reduction: str) -> float:
     return 1.0 / float(divisor) if divisor else 0.0
 
 
-def _loss_shape(shapes: Sequence[Shape | None], attrs: dict[str, Any]) -> list[Shape]:
+def loss_shape(shapes: Sequence[Shape | None], attrs: dict[str, Any]) -> list[Shape]:
     assert shapes[0] is not None
     return [shapes[0][:1] if attrs["reduction"] == "none" else ()]
 
@@ -81,7 +81,7 @@ def relative_entropy(xp: Any, p: Any, q: Any, delta: Any) -> tuple[Any, Any]:
     return xp.sum(xp.where(empty, p, terms), axis=1), xp.where(empty, p, difference)
 
 
-def _scale_gradient(xp: Any, dx: Any, dloss: Any, loss: Any, gradient: Any, *inputs: Any, **attrs: Any) -> None:
+def scale_gradient(xp: Any, dx: Any, dloss: Any, loss: Any, gradient: Any, *inputs: Any, **attrs: Any) -> None:
     xp.multiply(gradient, dloss[:, None] if dloss.ndim else dloss, out=dx)
 
 
@@ -139,9 +139,9 @@ register(
         formula="loss = -Σ_c w_c·ỹ_c·log softmax(z)_c;  dz = softmax(z)·Σ w·ỹ - w·ỹ;  ỹ = (1-e)·onehot(y) + e/C",
         signature="logits(n, c), target:index(n), weight?(c) -> loss(*); gradient?(n, c)",
         attrs={"reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0},
-        shape=_loss_shape,
+        shape=loss_shape,
         forward=_cross_entropy,
-        vjp=_scale_gradient,
+        vjp=scale_gradient,
         wrt=("logits",),
         vjp_reads=("gradient",),
         example=_cross_entropy_example,
@@ -190,9 +190,9 @@ register(
         formula="loss = -Σ_c w_c·ỹ_c·log softmax(z)_c;  dz = softmax(z)·Σ w·ỹ - w·ỹ;  ỹ = (1-e)·y + e/C",
         signature="logits(n, c), target(n, c), weight?(c) -> loss(*); gradient?(n, c)",
         attrs={"reduction": "mean", "label_smoothing": 0.0},
-        shape=_loss_shape,
+        shape=loss_shape,
         forward=_soft_cross_entropy,
-        vjp=_scale_gradient,
+        vjp=scale_gradient,
         wrt=("logits",),
         vjp_reads=("gradient",),
         example=_soft_cross_entropy_example,
@@ -356,9 +356,9 @@ DISTILLATION = register(
             "ignore_index": -100,
             "label_smoothing": 0.0,
         },
-        shape=_loss_shape,
+        shape=loss_shape,
         forward=_distillation_loss,
-        vjp=_scale_gradient,
+        vjp=scale_gradient,
         wrt=("student_logits",),
         vjp_reads=("gradient",),
         example=_distillation_example,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,25 @@ register(
         forward=_max_norm,
         example=lambda rng, dtype: [([], {"limit": 0.5})],
         source="Srebro and Shraibman 2005; Srivastava et al. 2014, sec. 5.1",
+    )
+)
+
+
+def _clip_norm(xp: Any, g: Any, limit: float) -> None:
+    norm = float(xp.sqrt(xp.sum(g.astype(xp.float64) ** 2)))
+    if limit < norm < math.inf:
+        g *= g.dtype.type(limit / norm)
+
+
+register(
+    Op(
+        name="clip_norm",
+        formula="g *= min(1, limit / ‖g‖), the norm over all of g in float64; one that is not finite scales nothing",
+        signature="-> g!(k)",
+        attrs={"limit": 1.0},
+        forward=_clip_norm,
+        example=lambda rng, dtype: [([], {"limit": 0.5}), ([], {"limit": 1e3})],
+        source="Pascanu, Mikolov and Bengio 2013, algorithm 1",
     )
 )
 

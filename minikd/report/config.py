@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import minikd
-from minikd.distillation import Settings
 from minikd.errors import ArgumentError, DataError
+from minikd.settings import Settings
 
 
 class Kind(NamedTuple):
@@ -37,6 +37,7 @@ def _whole(value: Any) -> bool:
 
 
 LAYERS = tuple[int, ...]
+TEACHER = tuple[int, ...] | str
 OUT = "out"  # the one key that is no setting: the folder for the results
 KINDS: dict[Any, Kind] = {
     str: Kind("a text in quotes", lambda v: isinstance(v, str), str, _quoted),
@@ -50,10 +51,16 @@ KINDS: dict[Any, Kind] = {
         lambda v: f"[{', '.join(str(n) for n in v)}]",
     ),
 }
+KINDS[TEACHER] = Kind(
+    f"{KINDS[LAYERS].words}, or the name of a teacher in quotes",
+    lambda v: isinstance(v, str) or KINDS[LAYERS].accepts(v),
+    lambda v: v if isinstance(v, str) else tuple(v),
+    lambda v: KINDS[str if isinstance(v, str) else LAYERS].write(v),
+)
 
 
 def setting_types() -> dict[str, Any]:
-    """Each setting's type: str, int, float, bool or a tuple of int."""
+    """Each setting's type: one of KINDS."""
     hints = typing.get_type_hints(Settings)
     return {field.name: hints[field.name] for field in dataclasses.fields(Settings)}
 

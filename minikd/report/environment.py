@@ -19,7 +19,13 @@ from minikd.kernels.threads import threads
 from minikd.report.table import Table
 
 # Extra → the packages that `pip install 'minikd[extra]'` brings.
-EXTRAS = {"cli": ("rich", "matplotlib", "threadpoolctl"), "numba": ("numba",), "teachers": ("sklearn", "onnxruntime")}
+EXTRAS = {
+    "cli": ("rich", "matplotlib", "threadpoolctl"),
+    "numba": ("numba",),
+    "teachers": ("sklearn", "onnxruntime"),
+    "tensorboard": ("tensorboardX",),
+}
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where a package is installed under another name
 
 
 def environment_table() -> Table:
@@ -82,7 +88,9 @@ def _extras() -> Iterator[tuple[str, str]]:
 
 def _version(package: str) -> str:
     """The installed version of a package, or an empty text if it cannot be imported."""
-    return importlib.metadata.version(package) if importlib.util.find_spec(package) else ""
+    if not importlib.util.find_spec(package):
+        return ""
+    return importlib.metadata.version(DISTRIBUTIONS.get(package, package))
 
 
 def _data_sets() -> Iterator[tuple[str, str]]:

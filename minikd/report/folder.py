@@ -9,31 +9,41 @@ import itertools
 import json
 import math
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from minikd.distillation import DistillResult, Settings
+from minikd.distillation import DistillResult
 from minikd.errors import OutputError
 from minikd.export import save
 from minikd.kernels import current_backend
 from minikd.nn import Module
 from minikd.report.config import to_toml
 from minikd.report.pictures import learning_curves, soft_labels
+from minikd.report.tensorboard import write_events
 from minikd.safetensors import write_whole
+from minikd.settings import Settings
 
 # Every file of a run and what it is for; `minikd distill` prints those that are there.
 FILES = {
     "config.toml": "the settings: give it to --config to repeat the run",
     "report.json": "all figures, for other programs",
-    "history.csv": "loss and validation figures of each epoch of each training",
+    "history.csv": "loss, validation figures and each term's share, of each epoch of each training",
+    "history.jsonl": "the same, a JSON object in each line",
     "teacher.safetensors": "the teacher of the first seed",
     "student.safetensors": "the first seed's distilled student, for minikd.load(path)",
     "learning_curves.png": "how the networks learned",
     "soft_labels.png": "what the teacher says of samples that it finds hard",
 }
-CONFIG = "config.toml"
+# Folders that are there at times.
+FOLDERS = {
+    "checkpoints": "what minikd distill --resume goes on from",
+    "tensorboard": "the history as TensorBoard events",
+}
+CONFIG, REPORT, CHECKPOINTS, EVENTS = "config.toml", "report.json", "checkpoints", "tensorboard"
 HISTORY = ("situation", "model", "seed", "epoch", "lr", "loss", "validation_accuracy", "validation_nll")
+TERM = ("value", "gradient_share")  # of each term's figures in a row of the history
 PICTURES = {"learning_curves.png": learning_curves, "soft_labels.png": soft_labels}
 
 
@@ -46,9 +56,12 @@ class RunFolder:
     overwrite : whether results of an earlier run in it may go.
     """
 
+    tensorboard = False  # whether the history is also written as TensorBoard events
+
     def __init__(self, path: str | Path, overwrite: bool = False) -> None:
         self.path, self._overwrite, self._must_be_new = Path(path), overwrite, False
         self._saved: dict[str, Any] = {}
+        self._logged = 0  # rows of the history that are TensorBoard events already
 
     @classmethod
     def fresh(cls, data: str) -> RunFolder:
@@ -82,14 +95,17 @@ class RunFolder:
         """
         try:
             self._claim()
-            earlier = [name for name in FILES if name != CONFIG and (self.path / name).exists()]
+            earlier = [name for name in FILES | FOLDERS if name != CONFIG and (self.path / name).exists()]
             if earlier and not self._overwrite:
                 expected, fix = "a folder without results", "Name another folder, or allow it with --overwrite."
                 raise OutputError("folder", str(self.path), expected=expected, got=f"one with {earlier[0]}", fix=fix)
             settings = dataclasses.replace(settings, backend=settings.backend or current_backend())
             write_whole(self.path / CONFIG, to_toml(settings).encode())
             for name in earlier:  # a stale file beside new ones would lie about the new run
-                (self.path / name).unlink()
+                if (self.path / name).is_dir():
+                    shutil.rmtree(self.path / name)
+                else:
+                    (self.path / name).unlink()
         except OutputError:
             raise
         except OSError as error:
@@ -97,14 +113,45 @@ class RunFolder:
             got = error.strerror or str(error)
             raise OutputError("folder", str(self.path), expected=expected, got=got, fix=fix) from error
 
+    def resume(self) -> None:
+        """See that there is a run which was stopped, and clear away what it left half-written.
+
+        Raises
+        ------
+        OutputError : there is no run in the folder, or it is complete.
+        """
+        if not (self.path / CONFIG).is_file():
+            expected, fix = "the folder of a run that was stopped", "Name the folder that its --out named."
+            raise OutputError("folder", str(self.path), expected=expected, got=f"one without {CONFIG}", fix=fix)
+        if self._is_complete():
+            expected, fix = "a run that was stopped", "Its results are in the folder; a new run needs a new one."
+            raise OutputError("folder", str(self.path), expected=expected, got="one that is complete", fix=fix)
+        for path in self.path.glob(".*.part"):
+            path.unlink(missing_ok=True)
+        if (self.path / EVENTS).is_dir():  # they are written anew, from the first epoch on
+            shutil.rmtree(self.path / EVENTS)
+
+    def _is_complete(self) -> bool:
+        if (self.path / CHECKPOINTS).exists() or not (self.path / REPORT).is_file():
+            return False
+        try:
+            return bool(json.loads((self.path / REPORT).read_text("utf-8")).get("complete"))
+        except (ValueError, AttributeError):
+            return False
+
     def write_results(self, result: DistillResult) -> None:
         """Write the figures and the models that there are so far; can be called again when there are more."""
-        write_whole(self.path / "history.csv", _csv(result.history))
+        last = result.complete  # which must outlast a power cut
+        write_whole(self.path / "history.csv", _csv(result.history), durable=last)
+        write_whole(self.path / "history.jsonl", _jsonl(result.history), durable=last)
+        if self.tensorboard:
+            write_events(self.path / EVENTS, result.history[self._logged :])
+            self._logged = len(result.history)
         for name, model in (("teacher.safetensors", result.teacher), ("student.safetensors", result.student)):
             if isinstance(model, Module) and self._saved.get(name) is not model:
                 save(self.path / name, model)
                 self._saved[name] = model
-        write_whole(self.path / "report.json", _json(result.report))
+        write_whole(self.path / REPORT, _json(result.report), durable=last)
 
     def write_pictures(self, result: DistillResult) -> None:
         """Draw the pictures that there is material for.
@@ -120,7 +167,7 @@ class RunFolder:
 
     def files(self) -> list[tuple[str, str]]:
         """The files that are there, each with what it is for."""
-        return [(name, purpose) for name, purpose in FILES.items() if (self.path / name).exists()]
+        return [(name, purpose) for name, purpose in (FILES | FOLDERS).items() if (self.path / name).exists()]
 
 
 def _json(report: dict[str, Any]) -> bytes:
@@ -136,9 +183,18 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _jsonl(history: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in history).encode()
+
+
 def _csv(history: list[dict[str, Any]]) -> bytes:
+    """HISTORY's columns, then value and gradient share of every term that there is."""
+    terms = dict.fromkeys(figures["term"] for row in history for figures in row["terms"])
+    columns = [*HISTORY, *(f"{term} {figure}" for term in terms for figure in TERM)]
     text = io.StringIO()
-    writer = csv.DictWriter(text, HISTORY, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(history)
+    for row in history:
+        figures = {f"{f['term']} {name}": f[name] for f in row["terms"] for name in TERM}
+        writer.writerow({**row, **figures})
     return text.getvalue().encode()

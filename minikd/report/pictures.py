@@ -13,7 +13,6 @@ import numpy as np
 
 from minikd import functional as F
 from minikd.distillation import ALONE, DISTILLED, TEACHER, DistillResult
-from minikd.nn import Module
 
 # From the palette of Okabe and Ito, which people tell apart with any kind of colour vision; and never colour alone.
 BLUE, ORANGE, GREY, LIGHT = "#0072B2", "#D55E00", "#555555", "#BBBBBB"
@@ -131,16 +130,16 @@ MOST_FEATURES = 50  # bars in place of an image
 def soft_labels(result: DistillResult) -> bytes | None:
     """Confusing samples of the validation part, beside each the teacher's soft labels at several temperatures, as PNG.
 
-    None if there is no teacher yet. Raises ImportError if matplotlib is not installed.
+    None if there is no teacher yet, or one that says nothing of that part. Raises ImportError without matplotlib.
     """
-    if result.teacher is None:
+    scores = result.teacher_on_validation
+    if result.teacher is None or scores is None:
         return None
     import matplotlib
     from matplotlib.figure import Figure
 
     data, own = result.dataset, result.settings.temperature
     raw = data.raw(data.x_validation)
-    scores = result.teacher.logits(raw) if isinstance(result.teacher, Module) else result.teacher(raw)
     chosen = confusing(F.softmax(scores), data.y_validation)
     temperatures = sorted({*TEMPERATURES, own})
     with matplotlib.rc_context(STYLE):

@@ -37,8 +37,10 @@ def training_in_words(p: Progress) -> str:
 
 
 def figures_in_words(p: Progress) -> str:
-    """The loss, and the validation accuracy once there is one."""
-    return f"loss {p.loss:.3f}" + ("" if p.accuracy is None else f", validation {100 * p.accuracy:.1f} %")
+    """The loss, if it is known, and the validation accuracy once there is one."""
+    loss = "" if p.loss is None else f"loss {p.loss:.3f}"
+    accuracy = "" if p.accuracy is None else f"validation {100 * p.accuracy:.1f} %"
+    return ", ".join(filter(None, (loss, accuracy)))
 
 
 class Lines(Watcher):

@@ -37,7 +37,15 @@ class Table:
 
 # --- the results of a distillation ---
 
-MODELS = {"teacher": "teacher", "student_alone": "student alone", "student_distilled": "student distilled"}
+# Key in a situation's figures → what its row is called; a list of models gets a number behind each.
+MODELS = {
+    "teacher": "teacher",
+    "assistants": "assistant",
+    "student_alone": "student alone",
+    "generations": "generation",
+    "student_distilled": "student distilled",
+    "ensemble": "ensemble of generations",
+}
 NOTE = (
     "Means over the seeds, ± standard deviation, on the test part. NLL: negative log-likelihood in nats. "
     "ECE: expected calibration error. agrees: share of rows on which the student names the teacher's class."
@@ -53,11 +61,14 @@ def situations(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, An
 
 
 def results_table(report: Mapping[str, Any]) -> Table:
-    """For each situation of a report: teacher, student alone and student distilled, and what was measured of them."""
+    """For each situation of a report: teacher, students and the networks between, and what was measured of them."""
     rows: list[tuple[str, ...]] = []
     for name, figures in situations(report):
         rows.append((f"student sees {name}",))
-        rows += [_row(words, figures[key]) for key, words in MODELS.items() if figures[key] is not None]
+        for key, words in MODELS.items():
+            models = figures[key] if isinstance(figures[key], list) else [figures[key]] * (figures[key] is not None)
+            numbered = isinstance(figures[key], list)
+            rows += [_row(f"{words} {k}" if numbered else words, model) for k, model in enumerate(models, 1)]
     columns = ("", "accuracy %", "NLL", "ECE", "agrees %", "parameters", "bytes")
     return Table(columns, "<>>>>>>", rows, NOTE)
 
@@ -151,6 +162,7 @@ STYLES = {
     "hurt": "bold red",
     "no clear difference": "bold",
     "not enough seeds": "bold yellow",
+    "warning": "bold yellow",
 }
 
 

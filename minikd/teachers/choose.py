@@ -170,8 +170,11 @@ def _pickled(path: Any, *, allow_pickle: bool = False, identity: str = "", **opt
     return as_teacher(model, identity=identity or f"file:{file_digest(path)}{told}", **options)
 
 
-def _store(path: Any, **options: Any) -> Teacher:
-    return StoreTeacher(import_module("minikd.store").open(path), **options)
+def _store(path: Any, *, class_names: Any = None, **options: Any) -> Teacher:
+    found = import_module("minikd.store").open(path)
+    if class_names is not None:
+        found.check(class_names=class_names)
+    return StoreTeacher(found, **options)
 
 
 def _ensemble(
@@ -206,6 +209,6 @@ KINDS = (
         ("gives", "class_names", "identity"),
     ),
     Kind("a pickle", _file(*PICKLES), _pickled, ("gives", "class_names", "identity", "allow_pickle")),
-    Kind("a store's folder", _is_store, _store, ("identity",)),
+    Kind("a store's folder", _is_store, _store, ("class_names", "identity")),
     Kind("a function", callable, FunctionTeacher, ("gives", "identity")),
 )

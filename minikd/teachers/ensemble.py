@@ -65,6 +65,10 @@ class Ensemble(Teacher):
     def knows(self, rows: Any) -> bool:
         return all(teacher.knows(rows) for teacher in self.teachers)
 
+    def check(self, data: Any) -> None:
+        for teacher in self.teachers:
+            teacher.check(data)
+
     def _answer(self, x: Any, rows: Any) -> Any:
         members = [teacher.logits(x, rows) for teacher in self.teachers]
         if len({m.shape for m in members}) > 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from minikd.teachers.teacher import LOGITS, PROBABILITIES, Teacher, digest, libr
 
 # Method → what it gives, best first: probabilities are calibrated to the classes more often than margins are.
 METHODS = {"predict_proba": PROBABILITIES, "decision_function": LOGITS, "predict": PROBABILITIES}
+WORTH_THREADS = 1_000_000  # numbers in the features
 
 
 class EstimatorTeacher(Teacher):
@@ -50,7 +53,8 @@ class EstimatorTeacher(Teacher):
         super().__init__(METHODS[self.method], classes, identity)
 
     def _answer(self, x: Any, rows: Any) -> Any:
-        scores = np.asarray(getattr(self.model, self.method)(x))
+        with _fitting_threads(x):
+            scores = np.asarray(getattr(self.model, self.method)(x))
         if self.method == "predict" and scores.ndim == 1:
             return self._one_hot(scores)
         if scores.ndim == 1 or scores.shape[1] == 1:  # two classes: the score of the second
@@ -138,14 +142,24 @@ def class_ids(
     return found
 
 
+@contextmanager
+def _fitting_threads(x: Any) -> Iterator[None]:
+    """One thread for few features, where those of OpenMP mostly wait for one another; else as many as they like."""
+    if np.size(x) > WORTH_THREADS or importlib.util.find_spec("threadpoolctl") is None:
+        yield
+        return
+    with library("threadpoolctl").threadpool_limits(1):
+        yield
+
+
 # --- trained on the spot ---
 
 # Name → module, class and settings. The forest has more trees than scikit-learn's 100 because its probabilities are
-# shares of trees, and leaves of two rows keep them from being 0 and 1 alone. The boosted trees learn slowly for longer.
-# The network stops by a part of the rows that it holds back, which spares a guess at the number of epochs.
+# shares of trees, and leaves of two rows keep them from being 0 and 1 alone. The boosted trees are as scikit-learn has
+# them. The network stops by a part of the rows that it holds back, which spares a guess at the number of epochs.
 TRAINERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "rf": ("sklearn.ensemble", "RandomForestClassifier", {"n_estimators": 300, "min_samples_leaf": 2}),
-    "gbt": ("sklearn.ensemble", "HistGradientBoostingClassifier", {"max_iter": 200, "learning_rate": 0.08}),
+    "gbt": ("sklearn.ensemble", "HistGradientBoostingClassifier", {}),
     "mlp": (
         "sklearn.neural_network",
         "MLPClassifier",
@@ -178,5 +192,6 @@ def trained(name: str, x: Any, y: Any, classes: int, seed: int = 0) -> Estimator
     if name == "mlp":
         scaler = library("sklearn.preprocessing").StandardScaler()
         model = library("sklearn.pipeline").make_pipeline(scaler, model)
-    model.fit(x[labelled], y[labelled])
+    with _fitting_threads(x):
+        model.fit(x[labelled], y[labelled])
     return EstimatorTeacher(model, classes=classes)

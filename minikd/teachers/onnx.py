@@ -157,7 +157,7 @@ class OnnxTeacher(Teacher):
         """Take the output for probabilities if its first rows are, and say so."""
         self._undecided = False
         real = as_real(self._name, "the answer", scores)
-        if real.ndim == 2 and F._look_like_probabilities(real):
+        if real.ndim == 2 and F.look_like_probabilities(real):
             self.gives = PROBABILITIES
             message = f"{self.path}: the output {self.output!r} is taken for probabilities, as its first rows are"
             warnings.warn(f"{message}; gives='probabilities' says so for certain.", UserWarning, stacklevel=4)

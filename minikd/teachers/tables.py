@@ -107,6 +107,9 @@ class StoreTeacher(Teacher):
     def knows(self, rows: Any) -> bool:
         return bool(self.store.knows(as_index(self._name, "rows", rows)))
 
+    def check(self, data: Any) -> None:
+        self.store.check(data)
+
     def _answer(self, x: Any, rows: Any) -> Any:
         return self.store.logits(x, rows)
 

@@ -60,7 +60,7 @@ class Teacher:
         if self.gives == PROBABILITIES:
             with np.errstate(divide="ignore"):  # log 0 = -inf is meant
                 scores = np.log(scores)
-        elif not self._seen and len(scores) and F._look_like_probabilities(scores):
+        elif not self._seen and len(scores) and F.look_like_probabilities(scores):
             fix = "say gives='probabilities' if they are, or pass the scores before softmax."
             warnings.warn(
                 f"{self._name}: the answers look like probabilities where logits are expected: {fix}",
@@ -82,6 +82,9 @@ class Teacher:
     def knows(self, rows: Any) -> bool:
         """Whether every one of these sample numbers can be answered; only tables lack some."""
         return True
+
+    def check(self, data: Any) -> None:
+        """Refuse a data set whose samples the answers are not of: DataError. Only a store knows what it is of."""
 
     # --- what a kind of teacher says of itself ---
 

@@ -1,0 +1,178 @@
+"""A store opened for reading: logits by sample number, from shards that are mapped into memory."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minikd.data import Dataset
+from minikd.errors import ArgumentError, DataError
+from minikd.kernels import as_index
+from minikd.store.manifest import (
+    AGAIN,
+    FOOTER,
+    WORDS,
+    Shard,
+    Spec,
+    damaged,
+    finished_shard,
+    in_words,
+    is_intact,
+    kl_error,
+    read_manifest,
+    shard_path,
+)
+
+MAPPED = 128  # shards that are mapped at a time, since each holds an open file
+
+
+def open(path: str | PathLike[str]) -> Store:
+    """The store in a folder. Its manifest and the sizes of its files are checked now, each shard when it is first used.
+
+    Errors: DataError where there is no store, it is unfinished, or it is damaged.
+    """
+    folder = Path(path)
+    spec, shards = read_manifest(folder)
+    if shards is None:
+        there = sum(shard_path(folder, number).exists() for number in range(min(spec.shards, 1 << 20)))
+        fix = "Write it again with the same arguments (the same minikd label): it goes on from there."
+        raise damaged(folder, "", "a finished store", f"one with {there} of {spec.shards} shards", fix)
+    return Store(folder, spec, shards)
+
+
+class Store:
+    """The logits that a teacher gave for every row of some data; made by `store.open`.
+
+    Attributes
+    ----------
+    spec : what it is of, as the manifest says: rows, classes, class_names, teacher, data_sha256, dtype, top_k, …
+    classes : how many classes there are.  identity : that of the teacher.  bytes : size on disk, without the manifest.
+    kl_error : mean and largest KL(teacher ‖ stored), measured on every row when it was written, at each of some
+        temperatures: a list of {"temperature": …, "mean": …, "max": …}. Zero for float32 with all classes.
+    """
+
+    def __init__(self, path: Path, spec: Spec, shards: tuple[Shard, ...]) -> None:
+        self.path, self.spec, self._shards = path, spec, shards
+        self.classes, self.identity, self.kl_error = spec.classes, spec.teacher, kl_error(spec, shards)
+        self._encoding = spec.encoding
+        self.bytes = sum(self._size(number) for number in range(spec.shards))
+        self._intact: set[int] = set()  # shards whose bytes were found to be what their digest says
+        self._records = lru_cache(maxsize=MAPPED)(self._map)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path.resolve()),)
+
+    def __repr__(self) -> str:
+        kept = f"top {self.spec.top_k} of " if self.spec.top_k else ""
+        return f"<store {self.path}: {len(self):,} rows, {kept}{self.classes:,} classes, {self.spec.dtype}>"
+
+    def __len__(self) -> int:
+        return self.spec.rows
+
+    def knows(self, rows: Any) -> bool:
+        """Whether every one of these sample numbers is in the store."""
+        rows = as_index("Store.knows", "rows", rows)
+        return bool(((rows >= 0) & (rows < len(self))).all())
+
+    def logits(self, x: Any = None, rows: Any = None) -> np.ndarray:
+        """Logits float32 (m, c) of the samples numbered `rows` (m,), or of all; x is not looked at.
+
+        Errors: ArgumentError for a number that is not in the store; DataError where a shard is damaged.
+        """
+        if rows is None and x is not None:
+            fix = "Call logits(None, rows); logits() gives all rows."
+            raise ArgumentError("Store.logits", "rows", expected="the samples' numbers (m,)", got="none", fix=fix)
+        rows = np.arange(len(self)) if rows is None else as_index("Store.logits", "rows", rows)
+        unknown = rows[(rows < 0) | (rows >= len(self))] if rows.ndim == 1 else rows
+        if rows.ndim != 1 or unknown.size:
+            expected = f"sample numbers (m,) from 0 to {len(self) - 1}"
+            got = str(unknown[0]) if rows.ndim == 1 else f"shape {rows.shape}"
+            raise ArgumentError("Store.logits", "rows", expected=expected, got=got)
+        found = np.empty((len(rows), self.classes), np.float32)
+        numbers, within = np.divmod(rows, self.spec.rows_per_shard)
+        order = np.argsort(numbers, kind="stable")
+        needed, starts = np.unique(numbers[order], return_index=True)
+        for number, places in zip(needed.tolist(), np.split(order, starts)[1:], strict=True):
+            found[places] = self._encoding.decode(self._records(number)[within[places]])
+        return found
+
+    def check(
+        self,
+        data: Dataset | None = None,
+        *,
+        data_sha256: str | None = None,
+        teacher: Any = None,
+        classes: int | None = None,
+        class_names: Any = None,
+        rows: int | None = None,
+    ) -> None:
+        """Refuse to stand in for anything but what the store is of; what is None is not compared.
+
+        Parameters
+        ----------
+        data : a data set, in place of data_sha256, class_names and rows.
+        teacher : a teacher, or its identity.
+
+        Errors: DataError that says what differs, what was expected and what the store is of.
+        """
+        if data is not None:
+            data_sha256, class_names, rows = data.sha256, data.class_names, sum(data.sizes.values())
+        names = None if class_names is None or self.spec.class_names is None else tuple(map(str, class_names))
+        if names is None and class_names is not None:
+            classes = len(class_names)
+        wanted = {
+            "data_sha256": data_sha256,
+            "rows": rows,
+            "teacher": getattr(teacher, "identity", teacher),
+            "classes": classes,
+            "class_names": names,
+        }
+        for name, value in wanted.items():
+            own = getattr(self.spec, name)
+            if value is not None and value != own:
+                what = f"{WORDS[name]} of the store in {self.path}"
+                raise DataError("store", what, expected=in_words(value), got=in_words(own), fix=AGAIN)
+
+    def verify(self) -> None:
+        """Read everything and compare it with its digests; DataError names the first shard that is damaged."""
+        for number in range(self.spec.shards):
+            found = finished_shard(self.path, self.spec, number)
+            if found is None or found.sha256 != self._shards[number].sha256:
+                raise self._damaged(number, "other bytes")
+
+    # --- shards ---
+
+    def _size(self, number: int) -> int:
+        """The size of a shard's file, which is checked."""
+        path = shard_path(self.path, number)
+        expected = len(self.spec.samples(number)) * self._encoding.record.itemsize + FOOTER
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise damaged(path, "", f"a file of {expected} bytes", error) from error
+        if size != expected:
+            raise damaged(path, "", f"a file of {expected} bytes", f"{size} bytes")
+        return size
+
+    def _damaged(self, number: int, got: str) -> DataError:
+        expected = f"as it was written (sha256 {self._shards[number].sha256[:12]}…)"
+        return damaged(shard_path(self.path, number), "", expected, got)
+
+    def _map(self, number: int) -> np.ndarray:
+        """The records of a shard; at the first time all its bytes are compared with their digest."""
+        path = shard_path(self.path, number)
+        try:
+            records = np.memmap(path, self._encoding.record, "r", shape=(len(self.spec.samples(number)),))
+        except (OSError, ValueError) as error:
+            raise self._damaged(number, str(error)) from error
+        if number not in self._intact:
+            if not is_intact(records, self._shards[number]):
+                raise self._damaged(number, "other bytes")
+            if self.spec.top_k and int(records["classes"].max()) >= self.classes:
+                raise self._damaged(number, f"class {records['classes'].max()} of {self.classes}")
+            self._intact.add(number)
+        return records
