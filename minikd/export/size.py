@@ -14,7 +14,7 @@ POINTER = 4  # bytes, as on 32-bit cores
 # Bytes of code, measured with gcc -Os for x86-64 and rounded up; instructions of 32-bit cores are no longer.
 CODE = {"float32": 1300, "int8": 1700, "relu": 60, "sigmoid": 150, "tanh": 250, "gelu": 500}
 CODE_OF_LAYER = {"float32": 60, "int8": 80}
-FRAMES = {"float32": 400, "int8": 400}  # bytes of stack beside the buffers, of all functions that are open at once
+FRAMES = 400  # bytes of stack beside the buffers, of all functions that are open at once
 
 
 def sizes(network: Network, quantised: Quantised | None = None) -> dict[str, int]:
@@ -64,4 +64,4 @@ def _stack_bytes(model: Network | Quantised) -> int:
     numbers = sum(buffers(model).values()) + classes
     if kind == "int8":
         numbers += features
-    return numbers * np.dtype(kind).itemsize + FRAMES[kind]
+    return numbers * np.dtype(kind).itemsize + FRAMES
