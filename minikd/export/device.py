@@ -16,20 +16,21 @@ from minikd.export.emulator import Device
 from minikd.export.network import Network
 from minikd.export.quantise import Quantised
 from minikd.export.reference import predict_c_order
+from minikd.export.size import sizes
 from minikd.export.targets import TARGETS, Target, compile_object, cross_compile
 
 __all__ = ["device_table", "measure"]
 
 
 class Form(NamedTuple):
-    """A function of exported C: its source, its name, what goes in and must come out, and the bytes of its weights."""
+    """A function of exported C: its source, its name, what goes in and must come out, and the bytes of its tables."""
 
     name: str
     source: Path
     function: str
     rows: np.ndarray
     expected: np.ndarray
-    weights: int
+    constants: int
 
 
 def device_table(
@@ -44,7 +45,7 @@ def device_table(
     """The student in C on every target: a row of `measure` for each form and target, with the form's name.
 
     Forms are "float32", "int8" from raw features to logits, and "int8 alone" from int8 features to int8 logits, where
-    no float is touched. A row whose weights do not go into the target's flash has None for all figures.
+    no float is touched. A row whose constants do not go into the target's flash has None for all figures.
 
     Parameters
     ----------
@@ -61,7 +62,7 @@ def device_table(
     for form in _forms(folder, network, quantised, np.asarray(rows, np.float32)):
         for target in targets:
             name = {"form": form.name}
-            if form.weights > target.room:
+            if form.constants > target.room:
                 table.append(name | _row(target))
             else:
                 table.append(
@@ -72,13 +73,14 @@ def device_table(
 
 def _forms(folder: Path, network: Network, quantised: Quantised | None, rows: np.ndarray) -> list[Form]:
     source = _written(to_c(network, folder / "float32"))
-    weights = network.multiply_adds
-    forms = [Form("float32", source, "student_predict", rows, predict_c_order(network, rows), 4 * weights)]
+    constants = sizes(network)["constant_bytes"]
+    forms = [Form("float32", source, "student_predict", rows, predict_c_order(network, rows), constants)]
     if quantised is not None:
         source, q = _written(to_c(network, folder / "int8", quantised=quantised)), quantised.quantise_input(rows)
+        constants = sizes(network, quantised)["constant_bytes"]
         forms += [
-            Form("int8", source, "student_predict", rows, quantised.logits(rows), weights),
-            Form("int8 alone", source, "student_predict_q", q, quantised.integers(q), weights),
+            Form("int8", source, "student_predict", rows, quantised.logits(rows), constants),
+            Form("int8 alone", source, "student_predict_q", q, quantised.integers(q), constants),
         ]
     return forms
 

@@ -155,7 +155,7 @@ MEMORY {{
 }}
 SECTIONS {{
   .text : {{ *(.text .text.*) }} > flash
-  .rodata : {{ *(.rodata .rodata.* .srodata .srodata.*) }} > flash
+  .rodata : {{ *(.rodata .rodata.* .srodata .srodata.* .data.rel.ro .data.rel.ro.*) }} > flash
   .data : {{ *(.data .data.* .sdata .sdata.*) }} > ram
   .bss : {{ *(.bss .bss.* .sbss .sbss.* COMMON) }} > ram
   /DISCARD/ : {{ *(.ARM.ex* .MIPS.* .reginfo .eh_frame* .debug* .comment) }}
