@@ -179,14 +179,17 @@ def measure(program: Program, folder: str, expected: np.ndarray) -> dict[str, An
 
 
 def summary(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a row for each program: medians over the rounds."""
-    heads = ["", "import, ms", "reading and first prediction, ms", "peak memory, MB"]
+    """Headings, and a row for each program: medians over the rounds, of times the minima, too."""
+    heads = ["median (minimum)", "import, ms", "reading and first prediction, ms", "peak memory, MB"]
     rows = []
     for key, runs in report["runs"].items():
-        wanted = ("import_seconds", "first_seconds", "peak_bytes")
-        imported, first, peak = (statistics.median(one[name] for one in runs) for name in wanted)
-        worked = runs[0]["error"] is not None
-        cells = [f"{1e3 * imported:,.0f}", f"{1e3 * first:,.1f}" if worked else "–", f"{peak / 1e6:,.0f}"]
+        imported, first = ([1e3 * one[name] for one in runs] for name in ("import_seconds", "first_seconds"))
+        predicts = runs[0]["error"] is not None
+        cells = [
+            f"{statistics.median(imported):,.0f} ({min(imported):,.0f})",
+            f"{statistics.median(first):,.1f} ({min(first):,.1f})" if predicts else "–",
+            f"{statistics.median(one['peak_bytes'] for one in runs) / 1e6:,.0f}",
+        ]
         rows.append([PROGRAMS[key].label, *cells])
     return heads, rows
 
@@ -195,7 +198,7 @@ def markdown(report: Mapping[str, Any], names: Sequence[str] = ()) -> str:
     """How it was measured, and the table."""
     sizes = "-".join(map(str, SIZES))
     how = (
-        f"A network {sizes}, one thread; medians of {report['rounds']} fresh processes each, in which all take turns. "
+        f"A network {sizes}, one thread; {report['rounds']} fresh processes each, in which all take turns. "
         "The memory is the most that the process held, Python's own included."
     )
     return "\n\n".join([machine_text({**report, "cases": [], "missing": {}}), how, markdown_table(*summary(report))])
