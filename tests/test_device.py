@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import struct
 import sys
 from pathlib import Path
@@ -376,3 +377,16 @@ def test_what_does_not_go_into_a_processors_flash_has_no_figures(tmp_path: Path)
     (row,) = device_table(tmp_path, network, None, np.ones((1, 900)), targets=[TARGETS[4]])
     assert (row["form"], row["target"]) == ("float32", "ATmega328P")
     assert row["flash_bytes"] is row["static_bytes"] is row["bits_equal"] is None
+
+
+def test_the_example_of_the_page_prints_the_same_bits_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).parents[1] / "docs" / "devices.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(page), "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3 * len(TARGETS)
+    assert sum(line.endswith(" True") for line in printed) == 3 * len(EMULATED)
+    assert not any(line.endswith(" False") for line in printed)
