@@ -644,6 +644,8 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "linear, bias and relu": lambda x: F.linear(x, np.ones((4, 3)), np.ones(4), "relu"),
     "dropout": lambda x: F.dropout(x, 0.5),
     "dropout, not training": lambda x: F.dropout(x, 0.5, training=False),
+    "fake_quantise": lambda x: F.fake_quantise(x, 0.25),
+    "fake_quantise, a scale for each row": lambda x: F.fake_quantise(x, np.full(2, 0.25), low=-8, high=7),
     "matmul": lambda x: F.matmul(x, np.ones((3, 4), np.float32)),
     "take": lambda x: F.take(x, [1, 0]),
     "concatenate": lambda x: F.concatenate([x, x]),
@@ -1030,6 +1032,43 @@ def test_linear_refuses_an_unknown_activation_and_shapes_that_do_not_chain() -> 
 def test_dropout_refuses_a_share_outside_zero_to_one(p: float) -> None:
     with pytest.raises(ArgumentError, match=r"p must be in \[0, 1\)"):
         F.dropout(np.ones(3), p)
+
+
+def test_fake_quantise_gives_what_the_integers_hold_and_a_gradient_inside_their_ends() -> None:
+    x = kd.Tensor(np.array([0.1, 0.125, 0.375, -0.6, 1.3, 1.4, -0.9]), requires_grad=True)
+    y = F.fake_quantise(x, 0.25, -3, low=-5, high=2)
+    assert y.numpy().tolist() == [0.0, 0.0, 0.5, -0.5, 1.25, 1.25, -0.5]
+    y.sum().backward()
+    assert x.grad.numpy().tolist() == [1, 1, 1, 1, 1, 0, 0]
+
+
+def test_fake_quantise_takes_a_scale_for_each_row_and_zeros_where_that_is_zero() -> None:
+    x = kd.Tensor(np.array([[0.3, -9.0], [0.0, 0.0], [7.0, 1.6]]), requires_grad=True)
+    scale = kd.Tensor(np.array([0.25, 0.0, 1.0]), requires_grad=True)
+    y = F.fake_quantise(x, scale, low=-4, high=4)
+    assert y.numpy().tolist() == [[0.25, -1.0], [0.0, 0.0], [4.0, 2.0]]
+    y.sum().backward()
+    assert x.grad.numpy().tolist() == [[1, 0], [1, 1], [0, 1]]
+    assert scale.grad is None
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf, 1e-45, "large"])
+def test_fake_quantise_refuses_a_scale_that_is_no_number_above_zero(scale: Any) -> None:
+    with pytest.raises(ArgumentError, match="fake_quantise: scale must be a finite number above 0"):
+        F.fake_quantise(np.ones(3), scale)
+
+
+@pytest.mark.parametrize(
+    "ends", [{"low": 1}, {"high": -1}, {"zero": 200}, {"low": 0, "high": 0}, {"high": 0.5}, {"high": 2**21}]
+)
+def test_fake_quantise_refuses_ends_that_are_not_whole_or_leave_out_zero(ends: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=r"fake_quantise: .* must be whole numbers within"):
+        F.fake_quantise(np.ones(3), 0.5, **ends)
+
+
+def test_fake_quantise_refuses_scales_that_are_not_one_for_each_row() -> None:
+    with pytest.raises(ShapeError, match="scale must be of shape"):
+        F.fake_quantise(np.ones((3, 2)), np.ones(2))
 
 
 # --- properties ---

@@ -132,6 +132,7 @@ DIFFERS: dict[str, Use] = {
     "a layer made here": lambda s, x, y: F.linear(x, kd.Tensor(np.ones((2, 4), np.float32))),
     "a list as rows": lambda s, x, y: F.take(x, [0, 1]),
     "a dropout step that counts": lambda s, x, y: F.dropout(x, 0.5, step=next(s.count)),
+    "a rounding that grows": lambda s, x, y: F.fake_quantise(x, float(next(s.count))),
     "a step of moves that counts": lambda s, x, y: F.shift_images(x, (2, 2), next(s.count), most=1),
     "a row of data": lambda s, x, y: s.model(x) + np.float32(s.table)[next(s.count) :][:3],
 }
