@@ -340,7 +340,7 @@ def test_probabilities_may_take_the_place_of_the_logits_and_hold_for_the_widest_
 # --- names from outside ---
 
 HOSTILE = (
-    '*/ int evil; /*',
+    "*/ int evil; /*",
     '"; int evil; char *x = "',
     "back\\slash \\",
     "??/ ??( trigraphs ??'",
@@ -350,7 +350,7 @@ HOSTILE = (
     "%s%n",
     "",
     "\x7f1",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("form", FORMS)
