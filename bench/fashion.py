@@ -31,9 +31,9 @@ from minikd.bench.measure import order
 from minikd.bench.report import machine_text, markdown_table
 from minikd.bench.suite import add_readme_option, script, update_readmes
 from minikd.bench.worker import CONDITIONS, Condition, pinned
-from minikd.distillation import fit
 from minikd.report.table import Table, show
 from minikd.safetensors import write_whole
+from minikd.training import fit
 
 HERE = Path(__file__).resolve().parent
 TEACHER, STUDENT = (1200, 1200), (30, 30)  # hidden layers

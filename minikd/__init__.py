@@ -21,6 +21,7 @@ _PUBLIC = {
     "use_backend": "minikd.kernels",
     "threads": "minikd.kernels.threads",
     "distill": "minikd.distillation",
+    "correct_bias": "minikd.bias",
     "save": "minikd.export",
     "load": "minikd.export",
     "data": "minikd.data",

@@ -23,6 +23,7 @@ __all__ = ["Checkpoint", "Checkpoints"]
 
 FORMAT = "minikd checkpoint 1"
 SUFFIX = ".safetensors"
+UNDER_WAY = "training"  # the name of the file for the training that is not finished
 PAUSE = 0.1  # seconds, which nobody misses; small networks have fifty epochs in that time
 
 
@@ -111,7 +112,7 @@ class Checkpoints:
         """Where the training of this name keeps its state while it is under way."""
         self._make()
         return Checkpoint(
-            self.folder / f"training{SUFFIX}", every=self._every, run=self._run, training=name, pause=PAUSE
+            self.folder / f"{UNDER_WAY}{SUFFIX}", every=self._every, run=self._run, training=name, pause=PAUSE
         )
 
     def finish(self, name: str, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
@@ -129,6 +130,10 @@ class Checkpoints:
         """
         path = self._path(name)
         return read(path, self._run, name) if path.exists() else None
+
+    def count(self) -> int:
+        """Finished models that there are."""
+        return sum(1 for path in self.folder.glob(f"*{SUFFIX}") if not path.name.startswith(UNDER_WAY))
 
     def remove(self) -> None:
         """Remove the files, and the folder if nothing else is in it."""

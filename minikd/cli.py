@@ -267,7 +267,7 @@ def distill(options: argparse.Namespace) -> int:
     if result.complete:
         experiment.forget_checkpoints()
     if interrupted:
-        print(f"\n{what_was_lost(result, watcher, folder)}", file=sys.stderr, flush=True)
+        print(f"\n{what_is_left(result, watcher, folder)}", file=sys.stderr, flush=True)
     conclude(result, folder, missing, options.quiet, time.monotonic() - began)
     return INTERRUPTED if interrupted else OK
 
@@ -286,6 +286,7 @@ def introduce(experiment: Experiment, quiet: bool) -> None:
     settings, data = experiment.settings, experiment.dataset
     if quiet:
         return
+    done = f", {experiment.taken_up} of them done before" if experiment.taken_up else ""
     rows = ", ".join(f"{part} {count:,}" for part, count in data.sizes.items())
     large, small = experiment.parameters
     ratio = f", {large / small:.0f} times fewer" if large and large >= 2 * small else ""
@@ -304,23 +305,23 @@ def introduce(experiment: Experiment, quiet: bool) -> None:
             if settings.objective or settings.preset
             else ", ".join([f"T = {settings.temperature:g}", weights, *schedules]),
         ),
-        ("run", f"{experiment.trainings} trainings, {_seeds(settings.seeds)}, backend {current_backend()}"),
+        ("run", f"{experiment.trainings} trainings{done}, {_seeds(settings.seeds)}, backend {current_backend()}"),
         ("steps", f"{settings.epochs} epochs in batches of {settings.batch_size}, {settings.optimizer}"),
     ]
     show(Table(("", ""), "<<", lines), sys.stdout)
     print(flush=True)
 
 
-def what_was_lost(result: DistillResult, watcher: Watcher, folder: RunFolder) -> str:
+def what_is_left(result: DistillResult, watcher: Watcher, folder: RunFolder) -> str:
     """After Ctrl-C: which seeds are complete, which are not, where the training was, and where the files are."""
     complete, wanted = result.report["seeds"], result.report["requested_seeds"]
-    lost = [seed for seed in wanted if seed not in complete]
+    left = [seed for seed in wanted if seed not in complete]
     parts = ["minikd distill: interrupted."]
     parts.append(f"Complete: {_seeds(complete)}." if complete else "No seed is complete, so there are no figures.")
-    if lost:
+    if left:
         last = watcher.last
         where = f", stopped at {training_in_words(last)}, epoch {last.epoch} of {last.epochs}" if last else ""
-        parts.append(f"Lost: {_seeds(lost)}{where}.")
+        parts.append(f"To do: {_seeds(left)}{where}.")
     parts.append(f"{'What is complete' if complete else 'The history so far'} is in {folder.path}.")
     return " ".join([*parts, f"Go on with: minikd distill --resume {shlex.quote(str(folder.path))}"])
 

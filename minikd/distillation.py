@@ -27,6 +27,7 @@ import minikd
 from minikd import functional as F
 from minikd import metrics
 from minikd.augmentation import Shift
+from minikd.bias import correct_bias
 from minikd.checkpoints import Checkpoints
 from minikd.data import Dataset, load
 from minikd.errors import ArgumentError, ShapeError
@@ -206,6 +207,11 @@ class Experiment:
     def keep_in(self, folder: str | Path) -> None:
         """Keep finished models and the training under way in a folder, and take up what is there already."""
         self._checkpoints = Checkpoints(folder, every=self.settings.checkpoint_every, run=self._fingerprint())
+
+    @property
+    def taken_up(self) -> int:
+        """Trainings that were finished before, in the folder of `keep_in`."""
+        return 0 if self._checkpoints is None else self._checkpoints.count()
 
     def forget_checkpoints(self) -> None:
         """Remove what `keep_in` kept; for a run that is complete."""
@@ -900,3 +906,6 @@ def distill(
     )
     experiment.run()
     return experiment.result()
+
+
+vars(distill)["correct_bias"] = correct_bias  # reachable as kd.distill.correct_bias too

@@ -210,6 +210,7 @@ class Training:
             model, self._opt, inputs, target, soft, self.objective, hints=self._hints, shift=shift
         )
         self._losses = np.zeros(self.per_epoch)  # of the present epoch's steps
+        self._measured = np.empty(0, np.int64)  # the rows of the epoch's last full batch
         self._best: dict[str, Any] | None = None
         self._best_values = np.empty(0)
         self._meter: TermMeter | None = None
@@ -285,20 +286,22 @@ class Training:
 
     def _run_epoch(self, batches: Iterator[np.ndarray]) -> None:
         before = self.state()
-        first, picked = self.step, np.empty(0)
+        first = self.step
+        if first % self.per_epoch == 0:
+            self._measured = np.empty(0, np.int64)
         end = (self.step // self.per_epoch + 1) * self.per_epoch
         while self.step < end:
             stop = min(end, self._next_checkpoint())
             for _, group in itertools.groupby(itertools.islice(batches, stop - self.step), len):
                 batch = np.stack(list(group))
-                picked = batch[-1] if len(batch[-1]) >= len(picked) else picked
+                self._measured = batch[-1] if len(batch[-1]) >= len(self._measured) else self._measured
                 for losses in self._take.portions(batch, *self._numbers(self.step, len(batch))):
                     self._took(losses, before, first)
             if self.step < end:
                 self._keep()
         if not np.isfinite(self._opt.arena.values).all():
             raise self._diverged(before, first)
-        finished = self._finish_epoch(picked)
+        finished = self._finish_epoch()
         self._keep()
         self._tell(finished)
 
@@ -342,9 +345,9 @@ class Training:
         loss = float(self._losses[: within + 1].mean())
         return Epoch(epoch + 1, self.epochs, self.step, self.steps, loss, self._opt.lr, False)
 
-    def _finish_epoch(self, picked: np.ndarray) -> Epoch:
+    def _finish_epoch(self) -> Epoch:
         """Measure, note and judge an epoch that is through."""
-        where = self._where()._replace(finished=True, validation=self._validated(), terms=self._terms(picked))
+        where = self._where()._replace(finished=True, validation=self._validated(), terms=self._terms())
         facts = {"epoch": where.epoch, "lr": where.lr, "loss": where.loss}
         facts |= {f"validation_{name}": value for name, value in (where.validation or {}).items()}
         terms = [{"term": t.term, "value": t.value, "gradient_share": t.share} for t in where.terms]
@@ -360,13 +363,13 @@ class Training:
         scores = self.model.logits(x, normalised=True)
         return {"accuracy": metrics.accuracy(scores, y), "nll": metrics.negative_log_likelihood(scores, y)}
 
-    def _terms(self, picked: np.ndarray) -> tuple[TermFigures, ...]:
-        """Each term's figures on this batch; nothing where there is a single term."""
+    def _terms(self) -> tuple[TermFigures, ...]:
+        """Each term's figures on the epoch's last full batch; nothing where there is a single term."""
         if len(self.objective.terms) < 2:
             return ()
         if self._meter is None:
             self._meter = TermMeter(self.model, self.objective, loss_of)
-        return self._meter.measure(self._present(), *self.batch(picked))
+        return self._meter.measure(self._present(), *self.batch(self._measured))
 
     def _present(self) -> list[float]:
         """The varying numbers of the step that was taken last."""
@@ -406,7 +409,7 @@ class Training:
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """All that the rest of the training depends on: arrays by name, and facts that JSON can hold."""
-        tensors = {"values": self._opt.arena.values.copy(), "losses": self._losses.copy()}
+        tensors = {"values": self._opt.arena.values.copy(), "losses": self._losses.copy(), "measured": self._measured}
         tensors |= {f"optimizer.{name}": np.asarray(value) for name, value in self._opt.state_dict().items()}
         tensors |= {f"counter.{name}": counter.copy() for name, counter in self._counters().items()}
         if self._best is not None:
@@ -422,8 +425,9 @@ class Training:
         ArgumentError, ShapeError : it is that of another training.
         """
         values, counters = self._opt.arena.values, self._counters()
-        names = {"values", "losses", *(f"counter.{name}" for name in counters)}
-        found = {name for name in tensors if name.startswith("counter.") or name in ("values", "losses")}
+        own = ("values", "losses", "measured")
+        names = {*own, *(f"counter.{name}" for name in counters)}
+        found = {name for name in tensors if name.startswith("counter.") or name in own}
         fits = found == names and tensors["values"].shape == values.shape and len(tensors["losses"]) == self.per_epoch
         if not fits or tensors["values"].dtype != values.dtype:
             fix = "Take it up with the settings and the data that it was begun with."
@@ -434,6 +438,7 @@ class Training:
         for p in self._opt.arena.parameters:
             p.changed_in_place()
         self._losses[...] = tensors["losses"]
+        self._measured = np.array(tensors["measured"])
         for name, counter in counters.items():
             counter[...] = tensors[f"counter.{name}"]
         self.step, self._best = int(facts["step"]), facts["best"]

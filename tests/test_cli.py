@@ -414,7 +414,7 @@ def test_ctrl_c_keeps_what_is_complete_and_says_so(tmp_path: Path) -> None:
     assert done[:1] == [0]
     assert report["complete"] is False
     assert f"minikd distill: interrupted. Complete: seed{'s' * (len(done) > 1)} {cli.seeds_in_words(done)}." in err
-    assert f"Lost: seeds {done[-1] + 1}-99, stopped at seed " in err
+    assert f"To do: seeds {done[-1] + 1}-99, stopped at seed " in err
     assert "What is complete is in run." in err
     assert "student sees 100 labels" in out
     kd.load(tmp_path / "run" / "student.safetensors")

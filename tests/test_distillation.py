@@ -420,7 +420,7 @@ def test_a_given_teacher_always_gets_raw_features_and_is_asked_once() -> None:
 
     result = kd.distill(Counting([3, 3]), (), (x, x.argmax(axis=1)), epochs=1, seeds=(0, 1), alone=False)
     assert result.report["teacher"]["test_accuracy"] == [1.0, 1.0]
-    assert len(calls) == 3, "a look at the first rows, the training part and the test part"
+    assert len(calls) == 4, "a look at the first rows, then the training, the validation and the test part"
 
 
 def test_a_teacher_with_nan_logits_is_refused_before_training() -> None:

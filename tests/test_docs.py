@@ -66,3 +66,12 @@ def test_the_page_of_stores_writes_one_and_reads_it_in_two_ways(capsys: pytest.C
         run("docs/stores.md", code, names)
     assert "1,797 rows, 10 classes, float16" in capsys.readouterr().out
     np.testing.assert_array_equal(names["first"][names["data"].rows_train], names["logits"])
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
+def test_the_page_of_int8_makes_a_small_student() -> None:
+    (code,) = blocks("docs/int8.md", "python")
+    names: dict[str, Any] = {}
+    run("docs/int8.md", code, names)
+    assert len(names["small"].tried) == 25
+    assert (names["integers"].argmax(axis=1) == names["data"].y_test).mean() > 0.8

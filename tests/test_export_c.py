@@ -184,6 +184,13 @@ def flat(path: Path) -> str:
     return " ".join(path.read_text().replace("\n * ", " ").split())
 
 
+def test_fast_math_is_refused_in_words(mixed) -> None:
+    command = ["gcc", "-std=c99", "-ffast-math", "-fsyntax-only", str(mixed[1] / "student.c")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "compile this without -ffast-math" in done.stderr
+
+
 # --- networks of all sizes ---
 
 

@@ -41,6 +41,7 @@ LAYERS = {
     "peers": 6,
     "teachers": 6,
     "store": 6,
+    "bias": 7,
     "terms": 7,
     "training": 7,
     "checkpoints": 7,

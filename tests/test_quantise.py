@@ -381,6 +381,13 @@ def test_what_cannot_be_calibrated_is_refused_in_words(given: dict[str, Any], er
         quantise(n, x, **given)
 
 
+@pytest.mark.parametrize("x", [np.ones((2, 4)), np.ones((2, 3), np.int8), np.ones(4, np.int8)])
+def test_integers_are_asked_of_integers(x: np.ndarray) -> None:
+    n = network([4, 3, 2])
+    with pytest.raises(ArgumentError, match=r"integers: x must be int8 of shape \(n, 4\), got"):
+        quantise(n, features(n, 5)).integers(x)
+
+
 # --- training on with the roundings in the loop ---
 
 

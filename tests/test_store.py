@@ -160,6 +160,7 @@ def test_a_logit_beyond_the_dtype_is_refused_and_minus_infinity_is_not(
     with pytest.raises(ArgumentError, match=rf"shard 1 .*the logits of sample 30.* as {dtype} holds them") as caught:
         write(tmp_path / "t", Told(z), X, dtype=dtype, rows_per_shard=25)
     assert "never shifted" in str(caught.value)
+    assert not shard_path(tmp_path / "t", 1).exists()
 
 
 def test_a_data_set_is_stored_whole_in_the_order_of_its_source_whatever_the_split(tmp_path: Path) -> None:

@@ -65,9 +65,9 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("every", [0, 7])
-def test_ten_epochs_equal_five_and_a_stop_and_five_byte_for_byte(
-    way: str, every: int, rows: Any, tmp_path: Any
+@pytest.mark.parametrize(("every", "last"), [(0, 53), (7, 53), (3, 70)])  # 69 is one step before an epoch's end
+def test_ten_epochs_equal_a_stop_and_the_rest_byte_for_byte(
+    way: str, every: int, last: int, rows: Any, tmp_path: Any
 ) -> None:
     x, y, soft = rows
     options = {"epochs": 10, "batch_size": 16, "validation": (x[:50], y[:50]), **WAYS[way]}
@@ -77,12 +77,12 @@ def test_ten_epochs_equal_five_and_a_stop_and_five_byte_for_byte(
     expected = fit(whole, x, y, soft, **options)
     kept = Checkpoint(tmp_path / "state.safetensors", every=every)
 
-    def stop(epoch: Epoch) -> None:
-        if epoch.step >= 53:
+    def stop(report: StepReport) -> None:
+        if report.step >= last:
             raise Stop
 
     with pytest.raises(Stop):
-        fit(stopped, x, y, soft, keeper=kept, on_epoch=stop, **options)
+        fit(stopped, x, y, soft, keeper=kept, on_step=stop, **options)
     again = fit(resumed, x, y, soft, keeper=Checkpoint(tmp_path / "state.safetensors", every=every), **options)
     assert weights(resumed) == weights(whole)
     assert json.dumps(again.history) == json.dumps(expected.history)

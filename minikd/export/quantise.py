@@ -169,15 +169,13 @@ class Quantised:
                 raise ArgumentError("quantise", f"layer {number}", expected=expected, got=f"up to {largest}", fix=fix)
 
     def with_weights(self, network: Network) -> Quantised:
-        """Another network of the same sizes and activations, written with the ranges of this one."""
+        """Another network's layers, of the same sizes and activations, written with the ranges of this one."""
         ranges = [(layer.product, layer.output) for layer in self.layers]
         return replace(self, layers=_layers(network, self.input, ranges))
 
     def measured(self, network: Network, rows: np.ndarray) -> Quantised:
         """The same with its divergence from the float network on these normalised rows (n, k)."""
-        truth = _flows(network, rows)[-1].product
-        scores = self.output.dequantise(self.integers(self.input.quantise(rows)))
-        return replace(self, divergence=metrics.kl_to_teacher(scores, truth))
+        return _measured(self, rows, _flows(network, rows)[-1].product)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -199,7 +197,16 @@ class Quantised:
         return self.input.quantise(normalised(x, self.mean, self.deviation))
 
     def integers(self, x: np.ndarray) -> np.ndarray:
-        """The int8 logits (n, c) of int8 inputs (n, k): what every build of the exported network gives, bit by bit."""
+        """The int8 logits (n, c) of int8 inputs (n, k): what every build of the exported network gives, bit by bit.
+
+        Raises
+        ------
+        ArgumentError : x is no such array.
+        """
+        if x.dtype != np.int8 or x.ndim != 2 or x.shape[1] != self.sizes[0]:
+            expected, got = f"int8 of shape (n, {self.sizes[0]})", f"{x.dtype} of shape {x.shape}"
+            fix = "Raw features become such integers by quantise_input(x)."
+            raise ArgumentError("integers", "x", expected=expected, got=got, fix=fix)
         for layer in self.layers:
             x = layer.run(x)
         return x
@@ -292,7 +299,7 @@ def quantise(
 
 def _best(network: Network, seen: np.ndarray, judged: np.ndarray, shares: Sequence[float]) -> Quantised:
     """The network with the ranges of `seen` rows, of those shares of them the one that does best on `judged` rows."""
-    flows = _flows(network, seen)
+    flows, truth = _flows(network, seen), _flows(network, judged)[-1].product
     ranges = {share: _ranges(network, seen, flows, share) for share in shares}
     found: list[Quantised] = []
     for share, of_logits in itertools.product(shares, shares):
@@ -300,9 +307,15 @@ def _best(network: Network, seen: np.ndarray, judged: np.ndarray, shares: Sequen
         layers = _layers(network, source, [*written[:-1], ranges[of_logits][1][-1]])
         name = _name(share) + ("" if of_logits == share else f", logits {_name(of_logits)}")
         candidate = Quantised(layers, network.mean, network.deviation, network.class_names, name)
-        found.append(candidate.measured(network, judged))
+        found.append(_measured(candidate, judged, truth))
     best = min(found, key=lambda candidate: candidate.divergence)
     return replace(best, tried=tuple((candidate.calibration, candidate.divergence) for candidate in found))
+
+
+def _measured(network: Quantised, rows: np.ndarray, truth: np.ndarray) -> Quantised:
+    """The network with its divergence from these logits (n, c) on these normalised rows (n, k)."""
+    scores = network.output.dequantise(network.integers(network.input.quantise(rows)))
+    return replace(network, divergence=metrics.kl_to_teacher(scores, truth))
 
 
 def _name(share: float) -> str:

@@ -20,9 +20,11 @@ FRAMES = 400  # bytes of stack beside the buffers, of all functions that are ope
 def sizes(network: Network, quantised: Quantised | None = None) -> dict[str, int]:
     """The figures of the C that `to_c` writes of the same arguments; they are macros in its header.
 
-    parameters : weights and biases.  constant_bytes : all tables and the names of the classes, exactly, with pointers
-    of 4 bytes.  code_bytes : an estimate, for -Os, without the compiler's own float routines.  flash_bytes : both.  ram_bytes : what is kept between calls.
-    stack_bytes : at most, in a call.  multiply_adds : multiply-accumulates of one prediction.
+    parameters : weights and biases.
+    constant_bytes : all tables and the names of the classes, exactly, with pointers of 4 bytes.
+    code_bytes : an estimate, for -Os, without the compiler's own float routines.  flash_bytes : both.
+    ram_bytes : what is kept between calls.  stack_bytes : at most, in a call.
+    multiply_adds : multiply-accumulates of one prediction.
     """
     model = network if quantised is None else quantised
     constants, code = _constant_bytes(model), _code_bytes(model)

@@ -254,31 +254,37 @@ def _ask(teacher: Any, spec: Spec, x: np.ndarray, samples: range) -> np.ndarray:
     if scores.shape != (len(samples), spec.classes):
         expected, got = f"of shape {(len(samples), spec.classes)}", f"shape {scores.shape}"
         raise ShapeError(WHERE, "the teacher's answer", expected=expected, got=got)
-    if np.isnan(scores).any():
+    if np.isnan(scores.max()):  # NaN is the largest of all
         row = samples[int(np.isnan(scores).any(axis=1).argmax())]
         raise DataError(WHERE, f"the teacher's answer for sample {row}", expected="numbers", got="NaN")
     return scores
 
 
 class _Records:
-    """The records of a shard as they come in, piece by piece."""
+    """The records of one shard after another, as their pieces come in; the memory is the same for all."""
 
-    def __init__(self, folder: Path, spec: Spec, number: int) -> None:
-        self._folder, self._spec, self._number = folder, spec, number
-        size = len(spec.samples(number))
-        self._encoding = spec.encoding
+    def __init__(self, folder: Path, spec: Spec) -> None:
+        self._folder, self._spec, self._encoding = folder, spec, spec.encoding
+        size = min(spec.rows_per_shard, spec.rows)
         self._records = np.empty(size, self._encoding.record)
         self._errors = np.zeros((len(TEMPERATURES), 0 if self._encoding.exact else size))
+        self._added = 0
 
     def add(self, samples: range, logits: np.ndarray) -> None:
-        start = samples.start - self._spec.samples(self._number).start
+        """Logits (m, c) of these samples, which lie in one shard."""
+        start = samples.start % self._spec.rows_per_shard
         here = slice(start, start + len(samples))
         self._encoding.encode(logits, self._records[here], samples.start)
         if not self._encoding.exact:
             self._errors[:, here] = self._encoding.error(logits, self._records[here])
+        self._added += len(samples)
 
-    def write(self) -> Shard:
-        return write_shard(self._folder, self._spec, self._number, self._records, self._errors)
+    def write(self, number: int) -> Shard:
+        """Write the shard whose pieces were added since the last one; it is not written if one of them failed."""
+        size, added, self._added = len(self._spec.samples(number)), self._added, 0
+        if added != size:
+            raise RuntimeError(f"{added} of {size} rows were encoded")
+        return write_shard(self._folder, self._spec, number, self._records[:size], self._errors[:, :size])
 
 
 @contextmanager
@@ -303,11 +309,10 @@ def _alone(
     folder: Path, spec: Spec, teacher: Any, source: Source, todo: Sequence[int], tell: Callable[[int], None]
 ) -> Iterator[tuple[int, Shard]]:
     """Label shard after shard; while the teacher answers, another thread encodes and writes what it answered before."""
-    asked = 0
+    asked, records = 0, _Records(folder, spec)
     with ThreadPoolExecutor(1, "minikd-store") as writer:
         waiting: deque[tuple[int, Any]] = deque()
         for number in todo:
-            records = _Records(folder, spec, number)
             for samples in _pieces(spec, number, _row_bytes(source)):
                 with _naming(spec, number):
                     logits = _ask(teacher, spec, source.take(samples), samples)
@@ -315,7 +320,7 @@ def _alone(
                 asked += len(samples)
                 yield from _finished(spec, waiting, PENDING)
                 tell(asked)
-            waiting.append((number, writer.submit(records.write)))
+            waiting.append((number, writer.submit(records.write, number)))
         yield from _finished(spec, waiting, 0)
 
 
@@ -371,9 +376,9 @@ def _arrived(pickled: bytes) -> Shipped:
 
 def label_shard(folder: str, spec: Spec, number: int, shipped: Shipped, x: np.ndarray) -> Shard:
     """Label one shard, whose features are x, and write it: what an executor's worker runs."""
-    records = _Records(Path(folder), spec, number)
+    records = _Records(Path(folder), spec)
     first = spec.samples(number).start
     for samples in _pieces(spec, number, int(x[:1].nbytes)):
         piece = x[samples.start - first : samples.stop - first]
         records.add(samples, _ask(shipped.teacher, spec, piece, samples))
-    return records.write()
+    return records.write(number)
