@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikd.errors import ArgumentError, BackendError, ModelFormatError
+from minikd.errors import ArgumentError, BackendError, ModelFormatError, ShapeError
 from minikd.export.c import to_c
 from minikd.export.device import device_table, measure
 from minikd.export.elf import read_elf
@@ -369,6 +369,12 @@ def test_other_bits_and_errors_are_told(student, tmp_path: Path) -> None:
     assert measure(source, M4, "student_predict", student.rows, logits)["bits_equal"]
     assert not measure(source, M4, "student_predict", student.rows, other)["bits_equal"]
     assert not measure(source, M4, "student_predict", student.rows[:, :5].copy(), logits)["bits_equal"]
+
+
+def test_no_rows_and_rows_of_another_length_are_refused(student, tmp_path: Path) -> None:
+    for rows in (student.rows[:0], student.rows[:, :4]):
+        with pytest.raises(ShapeError):
+            device_table(tmp_path, student.network, student.quantised, rows)
 
 
 def test_what_does_not_go_into_a_processors_flash_has_no_figures(tmp_path: Path) -> None:

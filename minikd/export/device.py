@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minikd.errors import ShapeError
 from minikd.export.c import to_c
 from minikd.export.emulator import Device
 from minikd.export.network import Network
@@ -56,6 +57,7 @@ def device_table(
 
     Raises
     ------
+    ShapeError : there are no rows, or rows of another length.
     BackendError : Zig or Unicorn is missing, or the C does not compile.  OutputError : the folder cannot be written.
     """
     table = []
@@ -119,8 +121,11 @@ def measure(
 
     Raises
     ------
+    ShapeError : there are no rows.
     BackendError : Zig or Unicorn is missing, the C does not compile, or it leaves its memory.
     """
+    if not len(rows):
+        raise ShapeError("measure", "rows", expected="a row of features at least", got="none")
     if target.processor is None:
         objects = [compile_object(source, target, level=level) for source in sources]
         flash, static = sum(o.flash_bytes for o in objects), sum(o.static_bytes for o in objects)

@@ -38,7 +38,10 @@ STRICT = (
     *("-Wdouble-promotion", "-Wfloat-conversion", "-Wstrict-prototypes", "-Wmissing-prototypes", "-Wvla"),
 )
 # Contraction would round once where two operations are written; no sanitizer is there to be called.
-BARE = ("-ffreestanding", "-ffp-contract=off", "-fno-sanitize=undefined", "-fno-unwind-tables", "-ffunction-sections")
+BARE = (
+    *("-ffreestanding", "-ffp-contract=off", "-fno-sanitize=undefined", "-fno-unwind-tables", "-ffunction-sections"),
+    "-fno-lto",  # which on MIPS forgets that floats are in software, in older versions
+)
 
 
 class Processor(NamedTuple):
