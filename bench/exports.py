@@ -50,6 +50,11 @@ RUNS = {
 COLUMNS = ("form", "bytes", "accuracy, %", "agrees, %", "largest error of a logit", "one prediction")
 EMULATED_ROWS = 8
 ROUNDS = 2000
+SUMMARY = (
+    "safetensors, minikd.runtime",
+    *("ONNX float32", "C float32", "ONNX int8", "C int8"),
+    *("C float32, Cortex-M0+", "C float32, Cortex-M4F", "C int8 alone, Cortex-M0+", "C int8 alone, Cortex-M4F"),
+)
 BITS = {True: "the reference's bits", False: "OTHER BITS", None: NOTHING}
 
 
@@ -181,11 +186,13 @@ def nanoseconds(predict: Callable[[np.ndarray], Any], rows: np.ndarray) -> str:
 
 
 def markdown(report: Mapping[str, Any], words: Sequence[str] = ()) -> str:
-    """The machine, and a table for each student."""
+    """The machine, and a table for each student; a summary of them where `words` says so."""
     parts = [machine_text({**report, "cases": [], "missing": {}})]
     for name, rows in report["students"].items():
         cells = []
         for row in rows:
+            if "summary" in words and row["form"] not in SUMMARY:
+                continue
             known = "accuracy" in row
             shares = [f"{100 * row[key]:.2f}" if known else "" for key in ("accuracy", "agreement")]
             error = f"{row['error']:.2g}" if known else BITS[row["bits"]]
