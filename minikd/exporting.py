@@ -178,8 +178,10 @@ def _check_c(
     # With float32 the model is its own truth; int8 is measured against the float32 that it was made from.
     found = verify(path, exported.model, x, y, name=options.name, quantised=exported.quantised)
     bits = "the same bits as" if found.same_bits else "NOT THE BITS OF"
+    lost = "" if found.accuracy_lost is None else f", {100 * found.accuracy_lost:+.2f} points of accuracy lost"
     return [
         ("compiled", f"{found.compiler}: {found.rows:,} rows give {bits} the NumPy reference"),
+        ("agreement", f"{100 * found.agreement:.2f} % of the rows get float32's class{lost}"),
         ("logits", f"at most {found.largest_error:.3g} from those of float32"),
         ("size", f"{found.object_bytes:,} bytes of code and constants"),
         ("time", f"{found.nanoseconds:,.0f} ns a prediction on this machine"),
