@@ -80,7 +80,10 @@ def _reduced(losses: Row, gradients: Rows, divisor: int, reduction: str) -> list
     if reduction == "none":
         return [_array(losses), _array(gradients)]
     share = mp.mpf(1) if reduction == "sum" else (mp.mpf(1) / divisor if divisor else mp.mpf(0))
-    return [_array(mp.fsum(losses) * share if share else mp.mpf(0)), _array([[g * share for g in r] for r in gradients])]
+    return [
+        _array(mp.fsum(losses) * share if share else mp.mpf(0)),
+        _array([[g * share for g in r] for r in gradients]),
+    ]
 
 
 def _hot(label: int, c: int, smoothing: Any) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,7 +85,7 @@ def check_kernel(
     contract = _contract(op, attrs, dtypes, leave_out)
     tolerance = {d: _tolerance(rtol, d) for d in dtypes}
     examination = _Examination(_Kernel(contract, function, attrs, writes, array), tolerance, examples, seed)
-    skipped = {name: "by request" for name in leave_out}
+    skipped = dict.fromkeys(leave_out, "by request")
     if not refusals:
         skipped.setdefault("refusals", "unless refusals=True")
     if not contract.never_negative:
@@ -372,9 +373,7 @@ class _Examination:
         infinite = self.contract.gives[0] == "loss" and bool(np.isinf(np.asarray(wanted[0], float)).any())
         for k, got in enumerate(outcome.results):
             if not (k and infinite) and "values" in self.checks:
-                found = _compare(
-                    self.contract.gives[k], k, got, wanted[k], scales[k], self.tolerance[dtype], dtype
-                )
+                found = _compare(self.contract.gives[k], k, got, wanted[k], scales[k], self.tolerance[dtype], dtype)
                 if found is not None:
                     return found
         first = outcome.results[0]
@@ -462,7 +461,7 @@ class _Examination:
 
     def _strides(self, inputs: Inputs, dtype: str) -> Iterator[Failure]:
         for layout in LAYOUTS:
-            yield from self._in_other_memory("strides", lambda x, layout=layout: in_layout(x, layout), layout, dtype)
+            yield from self._in_other_memory("strides", partial(in_layout, layout=layout), layout, dtype)
 
     def _locked(self, inputs: Inputs, dtype: str) -> Iterator[Failure]:
         yield from self._in_other_memory("read-only inputs", locked, "locked", dtype)
@@ -481,17 +480,12 @@ class _Examination:
                 yield Failure(check, region, f"{name} is another than of inputs in one piece", dtype, inputs, b, a)
 
     def _dtypes(self, inputs: Inputs, dtype: str) -> Iterator[Failure]:
-        for name, given, result in zip(
-            self.contract.gives, *self._given_and_results(self.kernel.run(inputs)), strict=False
-        ):
+        outcome = self.kernel.run(inputs)
+        for name, given, result in zip(self.contract.gives, outcome.given, outcome.results, strict=False):
             scalar = not result.ndim and (isinstance(given, float) or result.dtype == np.float64)
             if result.dtype != np.dtype(dtype) and not scalar:
                 said = f"{name} is of {result.dtype} where the inputs are of {dtype}"
                 yield Failure("dtypes", "plain inputs", said, dtype, inputs)
-
-    @staticmethod
-    def _given_and_results(outcome: Outcome) -> tuple[Sequence[Any], Sequence[np.ndarray]]:
-        return outcome.given, outcome.results
 
     def _refusals(self, inputs: Inputs, dtype: str) -> Iterator[Failure]:
         for name, changed in self.contract.refuses:

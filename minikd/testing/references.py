@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from minikd.errors import ArgumentError, ShapeError
-from minikd.kernels import kernel_names
+from minikd.kernels import input_arguments, kernel_names
 from minikd.kernels.reference import quietly
 from minikd.ops import OPS
 from minikd.ops.op import KINDS
@@ -72,8 +72,7 @@ class _Call:
         if len(given) != before + count + behind:
             names = [*("d" + a.name for a in op.outs[:before]), *(a.name for a in (*op.inputs, *op.updates[:behind]))]
             raise ShapeError(kernel, "inputs", expected=", ".join(names), got=f"{len(given)} values")
-        arguments = [op.inputs[0]] * count if op.variadic else list(op.inputs)
-        declared = [*op.outs[:before], *arguments, *op.updates[:behind]]
+        declared = [*op.outs[:before], *input_arguments(op, count), *op.updates[:behind]]
         values = [None if x is None else _value(a, x, real) for a, x in zip(declared, given, strict=True)]
         self.douts, self.inputs, self.state = values[:before], values[before : before + count], values[before + count :]
         self.attrs = {**op.attrs, **attrs}
@@ -93,7 +92,9 @@ def _run(call: _Call, xp: Any, blank: Callable[[Any], Any], formula: Callable[..
     op = call.op
     outs, saved = call.shapes()
     if formula is None:
-        written = [np.empty(s, KINDS[a.kind]) if KINDS[a.kind] else blank(s) for a, s in zip(op.outs, outs, strict=True)]
+        written = [
+            np.empty(s, KINDS[a.kind]) if KINDS[a.kind] else blank(s) for a, s in zip(op.outs, outs, strict=True)
+        ]
         kept = [blank(s) for s in saved]
         quietly(lambda: op.forward(xp, *written, *call.state, *kept, *call.inputs, **call.attrs))
     else:
@@ -147,8 +148,8 @@ class _Digits:
 
 def _with_exact_scalars(mp: Any, call: _Call) -> list[Any]:
     """The inputs, with each float64 scalar as an mpf."""
-    kinds = [a.kind for a in call.op.inputs]
-    return [mp.mpf(float(x)) if kind == "scalar" else x for kind, x in zip(kinds, call.inputs, strict=True)]
+    declared = zip(input_arguments(call.op, len(call.inputs)), call.inputs, strict=True)
+    return [mp.mpf(x.item()) if x is not None and a.kind == "scalar" else x for a, x in declared]
 
 
 def _numbers(mp: Any, x: Any) -> Any:

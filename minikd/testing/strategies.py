@@ -176,5 +176,3 @@ def arrays_with_strides(draw: st.DrawFn, values: Any, read_only: bool = False) -
     if read_only and draw(st.booleans()):
         found.flags.writeable = False
     return found
-
-
