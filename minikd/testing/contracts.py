@@ -219,6 +219,13 @@ def _swap(inputs: Inputs, attrs: dict[str, Any]) -> None:
     inputs["student_logits"], inputs["teacher_logits"] = inputs["teacher_logits"], inputs["student_logits"]
 
 
+def _soft_term_swapped(inputs: Inputs, attrs: dict[str, Any]) -> Any:
+    """The distillation loss whose hard term is right."""
+    hard = CONTRACTS["distillation_loss"].expected({**inputs, "soft_weight": 0.0}, attrs)
+    soft = _changed("distillation_loss", _swap)({**inputs, "hard_weight": 0.0}, attrs)
+    return [a + b for a, b in zip(hard, soft, strict=True)]
+
+
 def _set(**changed: Any) -> Callable[[Inputs, dict[str, Any]], None]:
     def change(inputs: Inputs, attrs: dict[str, Any]) -> None:
         for name, value in changed.items():
@@ -257,12 +264,19 @@ def _usual(kernel: str, first: str) -> tuple[Mistake, ...]:
 
 def _pair_mistakes(kernel: str) -> tuple[Mistake, ...]:
     """Those of every loss of a softened student and teacher."""
+    swapped = _soft_term_swapped if kernel == "distillation_loss" else _changed(kernel, _swap)
     return (
         Mistake("the factor T² is missing", _changed(kernel, _set(scale_t2=False))),
-        Mistake("teacher and student are exchanged", _changed(kernel, _swap)),
+        Mistake("teacher and student are exchanged", swapped),
         Mistake("the temperature is not used", _changed(kernel, _set(temperature=1.0))),
         *_usual(kernel, "student_logits"),
     )
+
+
+def _all_rows_counted(inputs: Inputs, attrs: dict[str, Any]) -> Any:
+    target = np.asarray(inputs["target"])
+    share = (target != attrs.get("ignore_index", -100)).sum() / len(target)
+    return [share * x for x in CONTRACTS["cross_entropy"].expected(inputs, attrs)]
 
 
 def _exchanged_weights(inputs: Inputs, attrs: dict[str, Any]) -> None:
@@ -600,7 +614,10 @@ _ALL = (
         *("cross_entropy", ("logits", "target"), _GIVEN, _EVERY_KIND, _cross_entropy_draw),
         edges=_cross_entropy_edges(),
         scale=_cross_entropy_scale,
-        mistakes=_usual("cross_entropy", "logits"),
+        mistakes=(
+            *_usual("cross_entropy", "logits"),
+            Mistake("rows without a label are counted in the mean", _all_rows_counted),
+        ),
         never_negative=True,
         refuses=_BAD_LABEL,
     ),

@@ -53,7 +53,7 @@ def in_layout(x: Any, layout: str) -> Any:
 
 
 def locked(x: Any) -> Any:
-    """A copy that cannot be written to."""
+    """A copy that cannot be written to, and cannot be unlocked either, because it is a view of a locked array."""
     copy = np.array(x)
     copy.flags.writeable = False
-    return copy
+    return copy.view()

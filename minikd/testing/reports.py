@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 
+MOST_PRINTED = 64  # elements of an array that is printed as a whole
+
+
 def as_code(value: Any) -> str:
-    """A value as the NumPy code that makes it."""
+    """A value as the NumPy code that makes it; of a large array only its shape."""
     if not isinstance(value, np.ndarray):
         return _number(value.item() if isinstance(value, np.generic) else value)
-    return f"np.array({_nested(value.tolist())}, np.{value.dtype.name})"
+    if value.size > MOST_PRINTED:
+        return f"an array of {value.dtype.name} of shape {value.shape}"
+    return f"np.array({_nested(value)}, np.{value.dtype.name})"
 
 
 def _nested(values: Any) -> str:
-    return f"[{', '.join(map(_nested, values))}]" if isinstance(values, list) else _number(values)
+    """Numbers in brackets, in as few digits as their dtype needs."""
+    return f"[{', '.join(map(_nested, values))}]" if np.ndim(values) else _number(values)
 
 
 def _number(value: Any) -> str:
-    if isinstance(value, float) and not np.isfinite(value):
+    if isinstance(value, float | np.floating) and not np.isfinite(value):
         return "np.nan" if value != value else ("np.inf" if value > 0 else "-np.inf")
-    return repr(value)
+    return str(value)
 
 
 def short(value: Any) -> str:
@@ -68,13 +74,35 @@ class Failure:
     ulps: float | None = None
     mistakes: tuple[str, ...] = ()
 
+    @property
+    def size(self) -> int:
+        """How many numbers the inputs hold."""
+        return sum(int(np.size(x)) for x in self.inputs.values())
+
+    @property
+    def line(self) -> str:
+        """What is wrong, and for which inputs, without showing them."""
+        looks = "".join(f"; it looks as if {mistake}" for mistake in self.mistakes)
+        return f"{self.check}, {self.dtype}, {self.region}: {self.said}{looks}"
+
     def __str__(self) -> str:
-        lines = [f"{self.check}, {self.dtype}, {self.region}: {self.said}"]
-        lines += [f"    it looks as if {mistake}" for mistake in self.mistakes]
-        lines += [f"    {name} = {as_code(value)}" for name, value in self.inputs.items()]
+        lines = [self.line, *(f"    {name} = {as_code(value)}" for name, value in self.inputs.items())]
         if self.expected is not None:
             lines += [f"    got      {short(self.got)}", f"    expected {short(self.expected)}"]
         return "\n".join(lines)
+
+
+def explained(failures: Sequence[Failure]) -> tuple[Failure, ...]:
+    """The failures, each with those mistakes only that no other one explains better.
+
+    A mistake goes if another one gives what was seen in all the failures that it explains, and in more.
+    """
+    where: dict[str, set[int]] = {}
+    for k, failure in enumerate(failures):
+        for mistake in failure.mistakes:
+            where.setdefault(mistake, set()).add(k)
+    best = [m for m, seen in where.items() if not any(seen < other for other in where.values())]
+    return tuple(replace(f, mistakes=tuple(m for m in f.mistakes if m in best)) for f in failures)
 
 
 @dataclass(frozen=True)
@@ -111,6 +139,11 @@ class KernelReport:
         """For which inputs something is wrong."""
         return tuple(dict.fromkeys(failure.region for failure in self.failures))
 
+    @property
+    def smallest(self) -> Failure | None:
+        """The failure with the smallest inputs."""
+        return min(self.failures, key=lambda failure: failure.size, default=None)
+
     def __bool__(self) -> bool:
         return self.ok
 
@@ -118,16 +151,10 @@ class KernelReport:
         head = f"{self.signature}: " + ("keeps its contract" if self.ok else "does not keep its contract")
         lines = [f"{head} ({self.calls} calls; checked: {', '.join(self.checks)})"]
         lines += [f"  not checked: {name}, {reason}" for name, reason in self.left_out]
-        lines += [_indented(str(failure)) for failure in _grouped(self.failures)]
+        smallest = self.smallest
+        if smallest is not None:
+            lines += ["  " + line for line in str(smallest).splitlines()]
+        lines += [f"  {failure.line}" for failure in self.failures if failure is not smallest]
         return "\n".join(lines)
 
     __repr__ = __str__
-
-
-def _grouped(failures: Sequence[Failure]) -> list[Failure]:
-    """The failures, those with the smallest inputs first."""
-    return sorted(failures, key=lambda f: sum(np.size(x) for x in f.inputs.values()))
-
-
-def _indented(text: str) -> str:
-    return "\n".join("  " + line for line in text.splitlines())
