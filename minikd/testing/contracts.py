@@ -113,6 +113,7 @@ def _broken(value: float) -> Any:
 
 def _softmax_edges() -> tuple[Edge, ...]:
     named = {
+        "two plain rows": PLAIN,
         "a masked class (-inf)": MASKED,
         "logits of ±1e30": HUGE,
         "one row far above the others": np.array([[5000.0, 5001.0], [-5000.0, -5001.0]]),
@@ -127,6 +128,18 @@ def _softmax_edges() -> tuple[Edge, ...]:
 
 def _softmax_draw(kind: str, dtype: Any) -> st.SearchStrategy[Inputs]:
     return st.fixed_dictionaries({"x": logits(dtype=dtype, kind=kind), "temperature": temperatures()})
+
+
+def _softmax_vjp_edges() -> tuple[Edge, ...]:
+    """Those of softmax, with a gradient of the output; broken rows and huge scores have no derivative to speak of."""
+    upstream = np.array([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]])
+    left_out = (*BROKEN, "logits of ±1e30")
+    return tuple(
+        Edge(edge.name, {"dy": upstream[: len(x), : x.shape[1]], **edge.inputs})
+        for edge in _softmax_edges()
+        if edge.name not in left_out
+        for x in (edge.inputs["x"],)
+    )
 
 
 def _softmax_vjp_draw(kind: str, dtype: Any) -> st.SearchStrategy[Inputs]:
@@ -560,12 +573,17 @@ def _step_draw(state: tuple[str, ...]) -> Draw:
     return draw
 
 
-def _step_scale(inputs: Inputs, attrs: dict[str, Any]) -> Sequence[Any]:
-    """Sizes of what is added up: parameter and step, and each of the averages with the gradient."""
+def _sgd_scale(inputs: Inputs, attrs: dict[str, Any]) -> Sequence[Any]:
+    """Sizes of what is added up: velocity and gradient, parameter and step."""
+    moved = np.abs(inputs["g"]) + np.abs(inputs["v"])
+    return [np.abs(inputs["w"]) + inputs["lr"] * moved, moved]
+
+
+def _adam_scale(inputs: Inputs, attrs: dict[str, Any]) -> Sequence[Any]:
+    """Sizes of what is added up: averages and gradient, parameter and a step of ten learning rates."""
     g = np.abs(np.asarray(inputs["g"], np.float64))
-    averages = [np.abs(inputs[name]) + (g * g if name == "v" and "m" in inputs else g) for name in ("m", "v")]
-    rate = inputs["lr"] * (g + np.abs(inputs["v"]) + 10) if "m" in inputs else inputs["lr"] * (g + np.abs(inputs["v"]))
-    return [np.abs(inputs["w"]) + rate, *(averages if "m" in inputs else averages[1:])]
+    moved = np.abs(inputs["w"]) + inputs["lr"] * (10 + g + np.abs(inputs["v"]))
+    return [moved, np.abs(inputs["m"]) + g, np.abs(inputs["v"]) + g * g]
 
 
 _ONE = np.array([0.5, -1.0, 2.0])
@@ -604,10 +622,12 @@ _ALL = (
     ),
     Contract(
         *("softmax_vjp", ("dy", *_SOFTMAX), ("dx",), _EVERY_KIND, _softmax_vjp_draw),
+        edges=_softmax_vjp_edges(),
         scale=_softmax_vjp_scale,
     ),
     Contract(
         *("log_softmax_vjp", ("dy", *_SOFTMAX), ("dx",), _EVERY_KIND, _softmax_vjp_draw),
+        edges=_softmax_vjp_edges(),
         scale=_log_softmax_vjp_scale,
     ),
     Contract(
@@ -687,14 +707,14 @@ _ALL = (
     Contract(
         *("sgd_step", ("g", "lr", "w", "v"), ("w", "v"), ("ordinary",), _step_draw(("w", "v"))),
         edges=(Edge("the first step", {"g": _ONE, "lr": 0.1, "w": _ONE[::-1].copy(), "v": np.zeros(3)}),),
-        scale=_step_scale,
+        scale=_sgd_scale,
         state=("w", "v"),
     ),
     Contract(
         *("adam_step", ("g", "lr", "step", "w", "m", "v"), ("w", "m", "v"), ("ordinary",)),
         _step_draw(("w", "m", "v")),
         edges=(Edge("the first step", _ADAM),),
-        scale=_step_scale,
+        scale=_adam_scale,
         mistakes=(
             Mistake("the averages are not corrected for their start at 0", _without_correction),
             Mistake("the weight decay is the other one of Adam's and AdamW's", _coupled),

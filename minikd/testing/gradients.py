@@ -43,10 +43,11 @@ class GradientFailure:
     slope: Slope
 
     def __str__(self) -> str:
-        legal = f"{self.slope.low:.12g}"
+        digits = 12 if self.slope.how == "complex step" else 9
+        legal = f"{self.slope.low:.{digits}g}"
         if self.slope.high > self.slope.low:
-            legal = f"between {self.slope.low:.12g} and {self.slope.high:.12g}, for there is a kink"
-        return f"{self.where}: {self.got:.12g}, and should be {legal} (by {self.slope.how})"
+            legal = f"between {legal} and {self.slope.high:.{digits}g}, for there is a kink"
+        return f"{self.where}: {self.got:.{digits}g}, and should be {legal} (by {self.slope.how})"
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,11 @@ class GradientReport:
         return self.ok
 
     def __str__(self) -> str:
-        verdict = "the gradients are right" if self.ok else f"gradients are wrong along {len(self.failures)} directions"
-        head = f"{verdict} (of {self.directions}, {self.kinks} across a kink, by {' and '.join(self.methods)})"
-        lines = [head, *(f"  {failure}" for failure in self.failures[:5])]
+        head = f"the gradients are right along {self.directions} directions"
+        if self.failures:
+            head = f"the gradients are wrong along {len(self.failures)} of {self.directions} directions"
+        lines = [f"{head} ({self.kinks} across a kink; by {' and '.join(self.methods)})"]
+        lines += [f"  {failure}" for failure in self.failures[:5]]
         if self.failures:
             lines += [f"  inputs[{k}] = {as_code(x)}" for k, x in enumerate(self.inputs) if x.size <= MOST_ELEMENTS]
         return "\n".join(lines)

@@ -291,6 +291,13 @@ def _alike(a: Any, b: Any) -> bool:
         return bool(np.allclose(a, b, rtol=1e-5, atol=1e-6 * min(largest, 1.0), equal_nan=True))
 
 
+def _largest_gap(a: Any, b: Any, dtype: str) -> float:
+    """The largest difference of two results in ulp."""
+    if a.shape != b.shape:
+        return float("inf")
+    return max((ulps(float(x), float(y), dtype) for x, y in zip(a.ravel(), b.ravel(), strict=True)), default=0.0)
+
+
 class _Examination:
     """All checks of one kernel."""
 
@@ -398,7 +405,11 @@ class _Examination:
         if found.place >= len(outcome.results):
             return Failure(found.check, region, found.said, dtype, inputs)
         got, wanted = outcome.results[found.place], self.kernel.expected(inputs)[found.place]
-        if sum(map(np.size, inputs.values())) <= MOST_DIGITS_FOR and got.shape == wanted.shape and found.ulps is not None:
+        if (
+            sum(map(np.size, inputs.values())) <= MOST_DIGITS_FOR
+            and got.shape == wanted.shape
+            and found.ulps is not None
+        ):
             exact = self.kernel.expected(inputs, DIGITS)[found.place]
             wanted = np.array([float(x) for x in np.asarray(exact, object).ravel()]).reshape(wanted.shape)
             name, scale = self.contract.gives[found.place], self._scales(inputs)[found.place]
@@ -431,7 +442,8 @@ class _Examination:
             first, second = self.kernel.run(case), self.kernel.run(case)
             for name, a, b in zip(self.contract.gives, first.results, second.results, strict=False):
                 if a.tobytes() != b.tobytes():
-                    yield Failure("same twice", region, f"{name} differs from call to call", dtype, case, b, a)
+                    said = f"{name} differs from call to call, by {_largest_gap(b, a, dtype):.3g} ulp"
+                    yield Failure("same twice", region, said, dtype, case, b, a)
         first = self.kernel.run(inputs)
         self.kernel.run({n: x * 0.5 if _is_real(x) else x for n, x in inputs.items()})
         for name, before, now in zip(self.contract.gives, first.results, first.given, strict=False):

@@ -33,8 +33,11 @@ def _by_columns(x: Any) -> Any:
 
 
 def _repeated(x: Any) -> Any:
-    """A stride of 0 along the first axis, where all rows are equal anyway; else the array itself."""
-    return np.broadcast_to(x[:1], x.shape) if (x == x[:1]).all() else x
+    """A stride of 0 along the first axis where all rows are equal anyway; else a copy as it is."""
+    first = x[:1].copy()
+    if not (x == first).all():
+        return x.copy()
+    return np.lib.stride_tricks.as_strided(first, x.shape, (0, *first.strides[1:]))
 
 
 # Name → the same array in another layout, for arrays with at least one axis.

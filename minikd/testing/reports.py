@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-
 MOST_PRINTED = 64  # elements of an array that is printed as a whole
 
 
