@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from buggy_kernels import BUGGY, RIGHT, Buggy
-from hypothesis import HealthCheck, find, given, settings
+from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 from mpmath import mp
 
@@ -188,7 +188,8 @@ def test_cases_shrink_to_few_zeros() -> None:
     ],
 )
 def test_each_kind_of_logits_is_what_it_is_called(kind: str, is_there: Callable[[Any], bool]) -> None:
-    assert is_there(smallest(testing.logits(kind=kind), is_there))
+    drawn = settings(database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    assert is_there(find(testing.logits(kind=kind), is_there, settings=drawn))
 
 
 def test_a_kind_that_does_not_exist_is_refused() -> None:
@@ -357,20 +358,21 @@ def test_a_kernel_in_torch_is_checked() -> None:
     functional = torch.nn.functional
 
     def loss(student: Any, teacher: Any, target: Any, t: float, hard: float, soft: float) -> Any:
-        student = student.clone().requires_grad_()
-        log_p, log_q = (functional.log_softmax(z / t, dim=1) for z in (student, teacher))
-        ruled_out = log_q == -torch.inf
-        terms = torch.where(ruled_out, 0, log_q.exp() * (log_q - log_p.masked_fill(ruled_out, 0)))
-        value = soft * t * t * terms.sum(dim=1).clamp(min=0).mean()
-        if target is not None and bool((target != -100).any()):
-            value = value + hard * functional.cross_entropy(student, target)
-        value.backward()
-        return value, student.grad
+        value, gradient, n = student.new_zeros(()), torch.zeros_like(student), len(student)
+        if soft:
+            log_p, log_q = (functional.log_softmax(z / t, dim=1) for z in (student, teacher))
+            p, q = log_p.exp(), log_q.exp()
+            terms = torch.where(q == 0, 0 * p, q * (log_q - log_p))
+            value, gradient = soft * t * t * terms.sum(dim=1).clamp(min=0).mean(), soft * t / n * (p - q)
+        if hard and target is not None and bool((target != -100).any()):
+            leaf = student.clone().requires_grad_()
+            cross_entropy = functional.cross_entropy(leaf, target)
+            cross_entropy.backward()
+            value, gradient = value + hard * cross_entropy.detach(), gradient + hard * leaf.grad
+        return value, gradient
 
-    names = [e.name for e in CONTRACTS["distillation_loss"].edges]
-    report = check_kernel("distillation_loss", loss, array=torch.from_numpy, rtol=1e-5, examples=6)
-    # autograd gives NaN where a class is ruled out and a clamped loss hides NaN; all else holds
-    assert {f.region for f in report.failures} <= {*names, "masked inputs"}, report
+    report = check_kernel("distillation_loss", loss, array=torch.from_numpy, rtol={"float32": 1e-4}, examples=6)
+    assert report, report
 
     def softmax(x: Any, t: float) -> Any:
         return functional.softmax(x / t, dim=1)
@@ -405,14 +407,15 @@ def test_the_smallest_failing_input_is_found_and_printed_as_code() -> None:
 
 
 def test_the_error_is_measured_in_units_of_the_last_place() -> None:
-    report = check_kernel("softmax", wrong_above_three, dtypes=("float32",), examples=60)
+    report = check_kernel("softmax", wrong_above_three, dtypes=("float32",), examples=10)
     assert all(4 <= (f.ulps or 0) <= 17 for f in report.failures)  # 2^-20 is 8 to 16 ulp, and rounding
     assert (ulps(1 + 2**-52, 1, np.float64), ulps(1, 1, np.float32), ulps(np.nan, np.nan, np.float32)) == (1, 0, 0)
     assert ulps(np.inf, 1, np.float32) == ulps(1, np.inf, np.float64) == np.inf
 
 
 def test_the_same_seed_gives_the_same_report() -> None:
-    first, second = (str(check_kernel("softmax", wrong_above_three, dtypes=("float64",))) for _ in "ab")
+    options = {"dtypes": ("float64",), "examples": 6}
+    first, second = (str(check_kernel("softmax", wrong_above_three, **options)) for _ in "ab")
     assert first == second
 
 

@@ -8,13 +8,14 @@ mistakes would give, so that a report can name them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from minikd.ops import OPS
 from minikd.ops.rows import softened
 from minikd.testing.references import reference
 from minikd.testing.strategies import KINDS, batches, logits, temperatures
@@ -52,7 +53,6 @@ class Contract:
     mistakes : usual ones.
     never_negative : whether the first result is never below 0.
     refuses : arguments that must be refused with a ValueError, with what is wrong about them.
-    fixed : inputs of the operation that the function does not take, with their values.
     state : arguments that are updated, in the order in which they are given back.
     """
 
@@ -66,7 +66,6 @@ class Contract:
     mistakes: tuple[Mistake, ...] = ()
     never_negative: bool = False
     refuses: tuple[tuple[str, Inputs], ...] = ()
-    fixed: Inputs = field(default_factory=dict)
     state: tuple[str, ...] = ()
 
     @property
@@ -75,17 +74,17 @@ class Contract:
 
     def expected(self, inputs: Inputs, attrs: dict[str, Any], precision: str | int = "float64") -> list[Any]:
         """What the reference gives, one result for each of `gives`."""
-        given = [inputs[name] if name in inputs else self.fixed.get(name) for name in self.order()]
-        found = reference(self.kernel, precision)(*given, **attrs)
+        found = reference(self.kernel, precision)(*map(inputs.get, self._order()), **attrs)
         return list(found if isinstance(found, tuple) else (found,))[: len(self.gives)]
 
-    def order(self) -> tuple[str, ...]:
-        """The names of the reference's inputs; those that the function does not take are in `fixed`."""
-        return _ORDERS.get(self.kernel, self.takes)
+    def _order(self) -> list[str]:
+        """The names of the reference's inputs, also of optional ones that the function does not take."""
+        op = OPS[self.kernel.removesuffix("_vjp")]
+        names = [a.name for a in op.inputs]
+        if self.kernel != op.name:
+            return [*("d" + a.name for a in op.outs), *names]
+        return [*names, *(a.name for a in op.updates)]
 
-
-# Where the reference has optional inputs that the function does not take.
-_ORDERS = {"cross_entropy": ("logits", "target", "weight")}
 
 INF, NAN = np.inf, np.nan
 PLAIN = np.array([[2.0, 1.0, 0.1], [0.5, 2.5, -1.0]])

@@ -164,19 +164,25 @@ class _Kernel:
         with np.errstate(all="ignore"):
             return self.contract.expected(inputs, self.attrs, precision)
 
-    def run(self, inputs: Inputs, fill: float = np.nan) -> Outcome:
-        """Call the function on copies of the inputs; `fill` is what the arrays for results hold before."""
+    def run(self, inputs: Inputs, fill: float = np.nan, like: Inputs | None = None) -> Outcome:
+        """Call the function on these inputs.
+
+        `fill` is what the arrays for results hold before; they have the shapes of the results of `like`, which are legal
+        inputs where these are not.
+        """
         self.calls += 1
         before = {name: x.copy() for name, x in inputs.items() if isinstance(x, np.ndarray)}
         passed = {name: self._passed(x) for name, x in inputs.items()}
         try:
             with np.errstate(all="ignore"):
-                return self._write(inputs, passed, fill) if self.writes else self._collect(before, passed)
+                return self._write(like or inputs, passed, fill) if self.writes else self._collect(before, passed)
         except Exception as error:  # whatever somebody's function raises is a finding
             return Outcome([], error)
 
     def _passed(self, x: Any) -> Any:
+        """An input as the function gets it: a copy, unless its place in memory is what matters."""
         if isinstance(x, np.ndarray) and x.ndim:
+            x = x.copy() if x.flags.c_contiguous and x.flags.writeable else x
             return x if self.array is None else self.array(x)
         return x.item() if isinstance(x, np.ndarray | np.generic) else x
 
@@ -504,23 +510,10 @@ class _Examination:
     def _refusals(self, inputs: Inputs, dtype: str) -> Iterator[Failure]:
         for name, changed in self.contract.refuses:
             case = {**inputs, **changed}
-            outcome = self.kernel.run(case) if not self.kernel.writes else self._refused_writing(inputs, changed)
+            outcome = self.kernel.run(case, like=inputs)
             if not isinstance(outcome.raised, ValueError):
                 got = "nothing is raised" if outcome.raised is None else self._raised(outcome).said
                 yield Failure("refusals", name, f"{got}, where a ValueError is expected", dtype, case)
-
-    def _refused_writing(self, inputs: Inputs, changed: Inputs) -> Outcome:
-        """A call with arrays for the results of the legal inputs: those of the bad ones are unknown."""
-        kernel = self.kernel
-        dtype = _real_dtype(inputs)
-        places = [np.full(x.shape, np.nan, dtype) for x in kernel.expected(inputs)]
-        taken = [{**inputs, **changed}[name] for name in self.contract.takes if name not in self.contract.state]
-        try:
-            kernel.calls += 1
-            kernel.function(*places, *taken)
-        except Exception as error:  # whatever somebody's function raises is a finding
-            return Outcome([], error)
-        return Outcome(places, None)
 
 
 def _is_real(x: Any) -> bool:
