@@ -88,4 +88,4 @@ def test_the_page_of_testing_shows_the_report_that_is_printed(capsys: pytest.Cap
     assert "\n".join(failure) in printed
     for code in codes[1:]:
         run("docs/testing.md", code, names)
-    assert capsys.readouterr().out.split() == ["0.3572883739666878", "0.3572883739666878801362246"]
+    assert capsys.readouterr().out.split() == ["0.3572883739666878", "0.3572883739666876496538043"]

@@ -593,7 +593,11 @@ def pytest_run(folder: Path, *arguments: str, **environment: str) -> subprocess.
             "test_it.py",
         ],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(p for p in (str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")) if p),
+            **environment,
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -167,8 +167,8 @@ class _Kernel:
     def run(self, inputs: Inputs, fill: float = np.nan, like: Inputs | None = None) -> Outcome:
         """Call the function on these inputs.
 
-        `fill` is what the arrays for results hold before; they have the shapes of the results of `like`, which are legal
-        inputs where these are not.
+        `fill` is what the arrays for results hold before; these have the shapes of the results of `like`, legal
+        inputs where the others are not.
         """
         self.calls += 1
         before = {name: x.copy() for name, x in inputs.items() if isinstance(x, np.ndarray)}
