@@ -275,10 +275,16 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*look like probabilities")
-@pytest.mark.usefixtures("c_in_use")
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_functions_of_the_library_keep_their_contracts(name: str) -> None:
+def test_the_functions_of_the_library_keep_their_contracts(name: str, minikd_numpy: str) -> None:
     report = check_kernel(name, FUNCTIONS[name], examples=4, refusals=True)
+    assert report, report
+
+
+@pytest.mark.filterwarnings("ignore:.*look like probabilities")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_kernels_in_c_give_what_is_decided(name: str, minikd_c: str) -> None:
+    report = check_kernel(name, FUNCTIONS[name], examples=0, refusals=True)
     assert report, report
 
 
@@ -407,8 +413,9 @@ def test_the_smallest_failing_input_is_found_and_printed_as_code() -> None:
 
 
 def test_the_error_is_measured_in_units_of_the_last_place() -> None:
-    report = check_kernel("softmax", wrong_above_three, dtypes=("float32",), examples=10)
-    assert all(4 <= (f.ulps or 0) <= 17 for f in report.failures)  # 2^-20 is 8 to 16 ulp, and rounding
+    report = check_kernel("softmax", wrong_above_three, dtypes=("float64",), examples=10)
+    assert report.failures
+    assert all(2**31 <= (f.ulps or 0) <= 2**34 for f in report.failures)  # 2^-20 of a number is 2^32 to 2^33 ulp
     assert (ulps(1 + 2**-52, 1, np.float64), ulps(1, 1, np.float32), ulps(np.nan, np.nan, np.float32)) == (1, 0, 0)
     assert ulps(np.inf, 1, np.float32) == ulps(1, np.inf, np.float64) == np.inf
 

@@ -149,33 +149,38 @@ def _softmax_vjp_draw(kind: str, dtype: Any) -> st.SearchStrategy[Inputs]:
     return _softmax_draw(kind, dtype).flatmap(with_upstream)
 
 
-def _steepness(inputs: Inputs) -> tuple[Any, Any]:
-    """softmax, and how many roundings of 1 its exponents hold: 1 + |x - max x|/T."""
-    z = np.asarray(inputs["x"], np.float64)
+LARGEST_OFFSET = 1e3  # a score's own rounding is allowed for up to here; beyond, no digit of the result would be left
+
+
+def _rounded(z: Any, t: float) -> tuple[Any, Any]:
+    """softmax(z/T), and how many roundings each log p inherits: of its size, and of the scores where p is not sure."""
+    wide = np.asarray(z, np.float64)
     with np.errstate(all="ignore"):
-        p, log_p = softened(np, z, 1 / inputs["temperature"])
-        return p, 1 + np.where(p > 0, np.abs(log_p), 0)
+        p, log_p = softened(np, wide, 1 / float(t))
+        offset = np.max(np.abs(wide), axis=1, where=np.isfinite(wide), initial=0.0)[:, None]
+        return p, 1 + np.where(p > 0, np.abs(log_p), 0) + (1 - p) * np.minimum(offset, LARGEST_OFFSET) / t
 
 
 def _softmax_scale(inputs: Inputs, attrs: dict[str, Any]) -> Sequence[Any]:
-    p, steep = _steepness(inputs)
-    return [p * steep]
+    p, roundings = _rounded(inputs["x"], inputs["temperature"])
+    return [p * roundings]
 
 
 def _log_softmax_scale(inputs: Inputs, attrs: dict[str, Any]) -> Sequence[Any]:
-    return [1.0]
+    p, roundings = _rounded(inputs["x"], inputs["temperature"])
+    return [1 + np.max(p * roundings, axis=1, keepdims=True)]
 
 
 def _softmax_vjp_scale(inputs: Inputs, attrs: dict[str, Any]) -> Sequence[Any]:
-    p, steep = _steepness(inputs)
+    p, roundings = _rounded(inputs["x"], inputs["temperature"])
     largest = np.abs(inputs["dy"]).max() if np.size(inputs["dy"]) else 0.0
-    return [p * steep * largest / inputs["temperature"]]
+    return [p * roundings * largest / inputs["temperature"]]
 
 
 def _log_softmax_vjp_scale(inputs: Inputs, attrs: dict[str, Any]) -> Sequence[Any]:
-    p, steep = _steepness(inputs)
+    p, roundings = _rounded(inputs["x"], inputs["temperature"])
     dy = np.abs(np.asarray(inputs["dy"], np.float64))
-    return [(dy + p * steep * dy.sum(axis=1, keepdims=True)) / inputs["temperature"]]
+    return [(dy + p * roundings * dy.sum(axis=1, keepdims=True)) / inputs["temperature"]]
 
 
 # --- mistakes that many make ---
@@ -308,7 +313,7 @@ def _hard_at_temperature(inputs: Inputs, attrs: dict[str, Any]) -> Any:
 # --- losses ---
 
 
-def _divisors(attrs: dict[str, Any], n: int, c: int, labelled: int) -> tuple[float, float]:
+def _divisors(attrs: dict[str, Any], n: int, labelled: int) -> tuple[float, float]:
     """What soft and hard terms are divided by."""
     reduction = attrs.get("reduction", "mean")
     if reduction in ("sum", "none"):
@@ -316,11 +321,15 @@ def _divisors(attrs: dict[str, Any], n: int, c: int, labelled: int) -> tuple[flo
     return float(n), float(max(labelled, 1))
 
 
-def _likelier(inputs: Inputs, first: str, second: str, t: float) -> Any:
-    """The larger of both softened probabilities, each with the roundings that its exponent holds."""
-    with np.errstate(all="ignore"):
-        both = [softened(np, np.asarray(inputs[name], np.float64), 1 / t) for name in (first, second)]
-        return np.maximum(*(p * (1 + np.where(p > 0, np.abs(log_p), 0)) for p, log_p in both))
+def _likelier(inputs: Inputs, t: float) -> Any:
+    """The larger of both softened probabilities, each times the roundings that its logarithm inherits."""
+    pairs = [_rounded(inputs[name], t) for name in ("student_logits", "teacher_logits")]
+    return np.maximum(*(p * roundings for p, roundings in pairs))
+
+
+def _largest(x: Any) -> float:
+    """The largest number of an array in which some may be NaN."""
+    return float(np.max(x, where=np.isfinite(x), initial=0.0))
 
 
 def _distillation_scale(inputs: Inputs, attrs: dict[str, Any]) -> Sequence[Any]:
@@ -328,12 +337,13 @@ def _distillation_scale(inputs: Inputs, attrs: dict[str, Any]) -> Sequence[Any]:
     n, c = np.shape(inputs["student_logits"])
     t, target = float(inputs["temperature"]), inputs["target"]
     labelled = 0 if target is None else int((np.asarray(target) != -100).sum())
-    per_soft, per_hard = _divisors(attrs, n, c, labelled)
+    per_soft, per_hard = _divisors(attrs, n, labelled)
     scaled = attrs.get("scale_t2", True)
     hard, soft = inputs["hard_weight"] if labelled else 0.0, inputs["soft_weight"]
-    loss = (1 + np.log(c)) * (hard + soft * (t * t if scaled else 1.0))
-    likely = _likelier(inputs, "student_logits", "teacher_logits", t)
-    return [loss, hard / per_hard + soft * (t if scaled else 1 / t) * likely / per_soft]
+    likely, (p, roundings) = _likelier(inputs, t), _rounded(inputs["student_logits"], 1.0)
+    loss = hard * (np.log(c) + _largest(p * roundings))
+    loss += soft * (t * t if scaled else 1.0) * (np.log(c) + _largest(likely))
+    return [loss, hard * p * roundings / per_hard + soft * (t if scaled else 1 / t) * likely / per_soft]
 
 
 def _pair_scale(inputs: Inputs, attrs: dict[str, Any]) -> Sequence[Any]:
@@ -344,18 +354,20 @@ def _pair_scale(inputs: Inputs, attrs: dict[str, Any]) -> Sequence[Any]:
     n, c = np.shape(inputs["student_logits"])
     t, scaled = float(inputs["temperature"]), attrs.get("scale_t2", True)
     limits = np.finfo(inputs["student_logits"].dtype)
-    likely = _likelier(inputs, "student_logits", "teacher_logits", t) + float(limits.tiny / limits.eps)
+    likely = _likelier(inputs, t) + float(limits.tiny / limits.eps)
     with np.errstate(all="ignore"):
         gap = np.abs(inputs["student_logits"] - np.asarray(inputs["teacher_logits"], np.float64)) / t
     apart = 1 + np.nanmax(np.where(np.isfinite(gap) & (likely > 0), gap, 0), axis=1, keepdims=True)
-    loss = (1 + np.log(c) + apart.max()) * (t * t if scaled else 1.0)
-    return [loss, (t if scaled else 1 / t) * likely * apart / _divisors(attrs, n, c, 0)[0]]
+    loss = (np.log(c) + _largest(likely) + apart.max()) * (t * t if scaled else 1.0)
+    return [loss, (t if scaled else 1 / t) * likely * apart / _divisors(attrs, n, 0)[0]]
 
 
 def _cross_entropy_scale(inputs: Inputs, attrs: dict[str, Any]) -> Sequence[Any]:
     n, c = np.shape(inputs["logits"])
     labelled = int((np.asarray(inputs["target"]) != -100).sum())
-    return [1 + np.log(c), 1 / _divisors(attrs, n, c, labelled)[1]]
+    p, roundings = _rounded(inputs["logits"], 1.0)
+    gradient = (1 + p * roundings) / _divisors(attrs, n, labelled)[1]
+    return [1 + np.log(c) + _largest(p * roundings), gradient]
 
 
 def _kl_scale(inputs: Inputs, attrs: dict[str, Any]) -> Sequence[Any]:

@@ -273,7 +273,7 @@ def _compare(name: str, place: int, got: Any, wanted: Any, scale: Any, rtol: flo
     with np.errstate(all="ignore"):
         same = (wide == wanted) | (np.isnan(wide) & np.isnan(wanted))
         error = np.where(same, 0.0, np.abs(wide - wanted))
-        allowed = rtol * (np.abs(wanted) + scale) + float(np.finfo(dtype).tiny)
+        allowed = rtol * (np.abs(wanted) + np.nan_to_num(scale)) + float(np.finfo(dtype).tiny)
         excess = np.where(same, 0.0, error / allowed)
     excess = np.where(same | np.isfinite(wide + wanted), excess, np.inf)
     if not excess.size or excess.max() <= 1:
