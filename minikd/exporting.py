@@ -1,4 +1,4 @@
-"""`minikd export` and `minikd size`: a run's student as a file for another program, and proof that it computes the same."""
+"""`minikd export` and `minikd size`: a student as a file for another program, and proof that it computes the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -312,15 +312,28 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run's folder, or a model's file")
 
 
+# Figures of `sizes` that are bytes, in words.
+SIZES = {
+    "constant_bytes": "weights and other constants",
+    "code_bytes": "code, an estimate for -Os",
+    "flash_bytes": "flash, both together",
+    "ram_bytes": "RAM that is kept between calls",
+    "stack_bytes": "stack in a call, at most",
+}
+
+
 def size(options: argparse.Namespace) -> int:
     """Print what the student takes of a device, in float32 and in int8; returns the exit code."""
-    source = find(options.run, "", "")
-    network = Network.of(source.model)
+    network = Network.of(find(options.run, "", "").model)
     # The ranges of int8 do not change a size, so any rows will do.
     rows = np.random.default_rng(0).normal(size=(64, network.sizes[0])) * network.deviation + network.mean
-    forms = {"float32": sizes(network, None), "int8": sizes(network, quantise(network, rows, calibration="min-max"))}
-    keys = list(forms["float32"])
-    table = [(key, *(f"{form[key]:,}" for form in forms.values())) for key in keys]
-    print(f"{'-'.join(map(str, network.sizes))}: {network.multiply_adds:,} multiply-accumulates for one prediction\n")
-    show(Table(("", *forms), "<>>", table), sys.stdout)
+    forms = {"float32": sizes(network)}
+    try:
+        forms["int8"] = sizes(network, quantise(network, rows, calibration="min-max"))
+    except ArgumentError as error:
+        print(f"Not in int8: {error}\n")
+    table = [(words, *(f"{form[key]:,}" for form in forms.values())) for key, words in SIZES.items()]
+    layers = "-".join(map(str, network.sizes))
+    print(f"{layers}: {network.multiply_adds:,} multiply-accumulates for one prediction\n")
+    show(Table(("bytes", *forms), "<" + ">" * len(forms), table), sys.stdout)
     return 0

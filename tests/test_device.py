@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import functools
+import re
 import struct
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikd.errors import ArgumentError, BackendError, ModelFormatError
+from minikd.errors import ArgumentError, BackendError, ModelFormatError, ShapeError
+from minikd.export.c import to_c
+from minikd.export.device import device_table, measure
 from minikd.export.elf import read_elf
 from minikd.export.emulator import STACK_BYTES, Device
+from minikd.export.network import Layer, Network
+from minikd.export.quantise import Quantised, quantise
+from minikd.export.reference import predict_c_order, probabilities_c_order
+from minikd.export.size import sizes
 from minikd.export.targets import FLASH, TARGETS, Target, compile_object, cross_compile
 
 EMULATED = [target for target in TARGETS if target.processor]
@@ -292,3 +300,99 @@ def test_what_is_no_elf_file_or_is_cut_short_is_refused(source: Path) -> None:
     struct.pack_into("<I", lost, 32, 2**31)  # where the sections' headers are said to lie
     with pytest.raises(ModelFormatError, match="a damaged one"):
         read_elf(bytes(lost))
+
+
+# --- students ---
+
+
+class Student(NamedTuple):
+    """A network with every activation, in float32 and int8, and raw features for it."""
+
+    network: Network
+    quantised: Quantised
+    rows: np.ndarray
+
+
+@pytest.fixture(scope="session")
+def student() -> Student:
+    rng, widths = np.random.default_rng(3), (9, 8, 7, 6, 5, 4)
+    shapes = zip(widths[1:], widths, ("relu", "tanh", "gelu", "sigmoid", ""), strict=False)
+    layers = [Layer(*(rng.normal(size=s).astype(np.float32) for s in ((m, k), (m,))), kind) for m, k, kind in shapes]
+    scale = (rng.normal(size=9).astype(np.float32), rng.uniform(0.5, 8, 9).astype(np.float32))
+    network = Network(tuple(layers), *scale, ("a", "b", "c", "d"))
+    rows = (rng.normal(size=(64, 9)) * scale[1] + scale[0]).astype(np.float32)
+    return Student(network, quantise(network, rows, calibration="min-max"), rows[:8])
+
+
+def test_a_student_has_the_references_bits_on_every_processor_in_float32_and_in_int8(student, tmp_path: Path) -> None:
+    table = device_table(tmp_path, student.network, student.quantised, student.rows)
+    assert [(row["form"], row["target"]) for row in table] == [
+        (form, target.name) for form in ("float32", "int8", "int8 alone") for target in TARGETS
+    ]
+    for row in table:
+        emulated = row["target"] in {target.name for target in EMULATED}
+        assert row["bits_equal"] is (True if emulated else None), row
+        assert row["flash_bytes"] > 300
+        assert row["static_bytes"] < 16
+    of = {(row["form"], row["target"]): row for row in table}
+    for column in ("flash_bytes", "stack_bytes", "instructions"):
+        figures = [of[form, M0.name][column] for form in ("float32", "int8", "int8 alone")]
+        assert figures == sorted(figures, reverse=True), column
+
+
+@pytest.mark.parametrize("target", EMULATED, ids=lambda t: t.name)
+@pytest.mark.parametrize("form", ["float32", "int8"])
+def test_no_call_takes_more_stack_than_the_header_says(target: Target, form: str, student, tmp_path: Path) -> None:
+    network, rows = student.network, student.rows
+    quantised = None if form == "float32" else student.quantised
+    to_c(network, tmp_path, quantised=quantised)
+    functions = ("student_class", "student_probabilities", "student_predict")
+    one = Device(cross_compile([tmp_path / "student.c"], target, functions), target)
+    scores = predict_c_order(network, rows) if quantised is None else quantised.logits(rows)
+    stated, expected, found = sizes(network, quantised)["stack_bytes"], probabilities_c_order(scores), np.empty(4, "f4")
+    for row, logits, wanted in zip(rows, scores, expected, strict=True):
+        answers = one.call("student_class", row, 9), one.call("student_probabilities", row, 9, found, 4)
+        assert answers[0].value == logits.argmax()
+        assert found.tobytes() == wanted.tobytes()
+        assert all(0 < answer.stack_bytes <= stated for answer in answers)
+    for bad in (np.nan, np.inf, -np.inf):
+        row = np.where(np.arange(9) == 4, np.float32(bad), rows[0])
+        assert one.call("student_predict", row, 9, found, 4).value == -3  # STUDENT_NOT_FINITE
+    assert one.call("student_predict", rows[0], 9, found, 5).value == -2  # STUDENT_LENGTH
+    assert one.call("student_predict", 0, 9, found, 4).value == -1  # STUDENT_NULL
+
+
+def test_other_bits_and_errors_are_told(student, tmp_path: Path) -> None:
+    to_c(student.network, tmp_path)
+    source, logits = [tmp_path / "student.c"], predict_c_order(student.network, student.rows)
+    other = np.nextafter(logits, np.float32(np.inf))
+    assert measure(source, M4, "student_predict", student.rows, logits)["bits_equal"]
+    assert not measure(source, M4, "student_predict", student.rows, other)["bits_equal"]
+    assert not measure(source, M4, "student_predict", student.rows[:, :5].copy(), logits)["bits_equal"]
+
+
+def test_no_rows_and_rows_of_another_length_are_refused(student, tmp_path: Path) -> None:
+    for rows in (student.rows[:0], student.rows[:, :4]):
+        with pytest.raises(ShapeError):
+            device_table(tmp_path, student.network, student.quantised, rows)
+
+
+def test_what_does_not_go_into_a_processors_flash_has_no_figures(tmp_path: Path) -> None:
+    layer = Layer(np.ones((10, 900), np.float32), np.zeros(10, np.float32), "")
+    network = Network((layer,), np.zeros(900, np.float32), np.ones(900, np.float32), tuple("abcdefghij"))
+    (row,) = device_table(tmp_path, network, None, np.ones((1, 900)), targets=[TARGETS[4]])
+    assert (row["form"], row["target"]) == ("float32", "ATmega328P")
+    assert row["flash_bytes"] is row["static_bytes"] is row["bits_equal"] is None
+
+
+def test_the_example_of_the_page_prints_the_same_bits_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).parents[1] / "docs" / "devices.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(page), "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3 * len(TARGETS)
+    assert sum(line.endswith(" True") for line in printed) == 3 * len(EMULATED)
+    assert not any(line.endswith(" False") for line in printed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,26 @@ def test_the_page_of_stores_writes_one_and_reads_it_in_two_ways(capsys: pytest.C
         run("docs/stores.md", code, names)
     assert "1,797 rows, 10 classes, float16" in capsys.readouterr().out
     np.testing.assert_array_equal(names["first"][names["data"].rows_train], names["logits"])
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
+def test_the_page_of_c_proves_its_student_and_its_program_compiles(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,), (program,) = blocks("docs/c.md", "python"), blocks("docs/c.md", "c")
+    names: dict[str, Any] = {}
+    run("docs/c.md", code, names)
+    told = (names["sizes"](names["network"]), names["sizes"](names["network"], names["small"]))
+    page = (ROOT / "docs" / "c.md").read_text("utf-8")
+    for form, figures in zip(("float32", "int8"), told, strict=True):
+        row = [figures[f"{what}_bytes"] for what in ("flash", "constant", "stack")]
+        assert f"| {form} | " + " | ".join(f"{number:,}" for number in row) + " |" in page
+    command = names["compiler"]()
+    if command is None:
+        pytest.skip("needs a C compiler for the rest")
+    assert capsys.readouterr().out.count("the same bits as the NumPy reference") == 2
+    Path("digits", "own.c").write_text(program)
+    subprocess.run([*command, "-std=c99", "digits/own.c", "digits/student.c", "-o", "own"], check=True)
+    done = subprocess.run(["./own"], capture_output=True, text=True, check=True)
+    assert done.stdout.split(",")[0] in names["student"].class_names
 
 
 @pytest.mark.usefixtures("in_an_empty_folder")

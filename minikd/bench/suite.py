@@ -193,22 +193,25 @@ def update_readmes(
 
     Raises
     ------
-    DataError : there is no report at `path`, or a file that was named has no markers.
+    DataError : there is no report at `path`, or none of the files that were named has the markers.
     """
     if not path.exists():
         fix = "Run the benchmark first, or name its file with --out."
         raise DataError(name, "--out", expected="an existing report", got=str(path), fix=fix)
     report = json.loads(path.read_text())
     marked = re.compile(rf"(<!-- {marker}((?: \w+)*) -->\n).*?(<!-- end {marker} -->)", re.DOTALL)
+    places = 0
     for file in files or [file for file in README if Path(file).exists()]:
         before = Path(file).read_text()
         after, count = marked.subn(lambda m: f"{m[1]}{markdown(report, m[2].split())}\n{m[3]}", before)
-        if not count and files:
-            expected = f"a file with <!-- {marker} --> and <!-- end {marker} --> in it"
-            raise DataError(name, "--update-readme", expected=expected, got=file)
         if after != before:
             write_whole(Path(file), after.encode())
-        print(f"{file}: {count} place{'s' * (count != 1)} brought up to date.")
+        if count:
+            print(f"{file}: {count} place{'s' * (count != 1)} brought up to date.")
+        places += count
+    if not places and files:
+        expected = f"a file with <!-- {marker} --> and <!-- end {marker} --> in it"
+        raise DataError(name, "--update-readme", expected=expected, got=", ".join(files))
 
 
 # --- in a checkout ---

@@ -7,14 +7,14 @@ its kin are those of `minikd.export.reference`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,6 +32,7 @@ __all__ = ["contraction_bound", "driver", "to_c"]
 
 LONGEST_CLASS_NAME = 1000  # bytes; C99 promises string literals of 4095
 C_TYPES = {"float32": "float", "int8": "int8_t", "int32": "int32_t", "uint8": "uint8_t"}
+IN_A_LINE = {"float32": 6, "int8": 18, "int32": 9, "uint8": 24}  # numbers of a table
 POLYNOMIALS = {"EXP": reference.EXP, "TANH": reference.TANH, "NORMAL_TAIL": reference.NORMAL_TAIL}
 IN_C = {"relu": "relu", "sigmoid": "sigmoid", "tanh": "tangent", "gelu": "gelu"}  # the functions' names there
 
@@ -139,9 +140,9 @@ def _horner(found: re.Match[str]) -> str:
 # --- numbers and texts in C ---
 
 
-def literal(value: Any) -> str:
-    """A float32 number as C reads it back with the same bits."""
-    text = f"{np.float32(value):.9g}"
+def literal(value: float) -> str:
+    """A number in float32 as C reads it back with the same bits."""
+    text = f"{float(np.float32(value)):.9g}"
     return f"{text}f" if re.search(r"[.e]", text) else f"{text}.0f"
 
 
@@ -153,9 +154,15 @@ def c_string(text: str) -> str:
 
 def _array(name: str, values: np.ndarray) -> str:
     kind = str(values.dtype)
-    numbers = ", ".join(literal(v) if kind == "float32" else str(v) for v in values.ravel())
-    body = textwrap.fill(numbers, 116, initial_indent="    ", subsequent_indent="    ")
-    return f"static const {C_TYPES[kind]} {name}[{values.size}] = {{\n{body}\n}};\n\n"
+    numbers = map(literal if kind == "float32" else str, values.ravel().tolist())
+    lines = "".join(f"    {', '.join(line)},\n" for line in batched(numbers, IN_A_LINE[kind]))
+    return f"static const {C_TYPES[kind]} {name}[{values.size}] = {{\n{lines}}};\n\n"
+
+
+def batched(items: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
+    """The items in tuples of this size, the last perhaps smaller."""
+    left = iter(items)
+    return iter(lambda: tuple(itertools.islice(left, size)), ())
 
 
 def _class_names(model: Network | Quantised, name: str) -> str:

@@ -15,6 +15,7 @@ __all__ = ["Program", "Section", "Symbol", "read_elf"]
 
 SYMBOL_TABLE, NO_BITS = 2, 8  # kinds of sections: SHT_SYMTAB, SHT_NOBITS
 WRITABLE, IN_MEMORY = 1, 2  # flags of sections: SHF_WRITE, SHF_ALLOC
+CONSTANT_ADDRESSES = ".data.rel.ro"
 UNDEFINED = 0  # the section of a symbol that another file must bring: SHN_UNDEF
 
 
@@ -26,6 +27,11 @@ class Section(NamedTuple):
     flags: int
     size: int
     content: bytes
+
+    @property
+    def is_variable(self) -> bool:
+        """Whether a program writes to it; constants that hold addresses only look so until it is linked."""
+        return bool(self.flags & WRITABLE) and not self.name.startswith(CONSTANT_ADDRESSES)
 
 
 class Symbol(NamedTuple):
@@ -54,7 +60,7 @@ class Program:
     @property
     def static_bytes(self) -> int:
         """Variables, with and without first values: memory that is taken all the time."""
-        return sum(section.size for section in self.sections if section.flags & WRITABLE)
+        return sum(section.size for section in self.sections if section.is_variable)
 
     @property
     def undefined(self) -> list[str]:

@@ -12,17 +12,19 @@ __all__ = ["sizes"]
 
 POINTER = 4  # bytes, as on 32-bit cores
 # Bytes of code, measured with gcc -Os for x86-64 and rounded up; instructions of 32-bit cores are no longer.
-CODE = {"float32": 1300, "int8": 1700, "relu": 60, "sigmoid": 150, "tanh": 250, "gelu": 500}
+CODE = {"float32": 1700, "int8": 1700, "relu": 60, "sigmoid": 150, "tanh": 250, "gelu": 500}
 CODE_OF_LAYER = {"float32": 60, "int8": 80}
-FRAMES = {"float32": 400, "int8": 400}  # bytes of stack beside the buffers, of all functions that are open at once
+FRAMES = 400  # bytes of stack beside the buffers, of all functions that are open at once
 
 
 def sizes(network: Network, quantised: Quantised | None = None) -> dict[str, int]:
     """The figures of the C that `to_c` writes of the same arguments; they are macros in its header.
 
-    parameters : weights and biases.  constant_bytes : all tables and the names of the classes, exactly, with pointers
-    of 4 bytes.  code_bytes : an estimate, for -Os.  flash_bytes : both.  ram_bytes : what is kept between calls.
-    stack_bytes : at most, in a call.  multiply_adds : multiply-accumulates of one prediction.
+    parameters : weights and biases.
+    constant_bytes : all tables and the names of the classes, exactly, with pointers of 4 bytes.
+    code_bytes : an estimate, for -Os, without the compiler's own float routines.  flash_bytes : both.
+    ram_bytes : what is kept between calls.  stack_bytes : at most, in a call.
+    multiply_adds : multiply-accumulates of one prediction.
     """
     model = network if quantised is None else quantised
     constants, code = _constant_bytes(model), _code_bytes(model)
@@ -64,4 +66,4 @@ def _stack_bytes(model: Network | Quantised) -> int:
     numbers = sum(buffers(model).values()) + classes
     if kind == "int8":
         numbers += features
-    return numbers * np.dtype(kind).itemsize + FRAMES[kind]
+    return numbers * np.dtype(kind).itemsize + FRAMES

@@ -38,7 +38,10 @@ STRICT = (
     *("-Wdouble-promotion", "-Wfloat-conversion", "-Wstrict-prototypes", "-Wmissing-prototypes", "-Wvla"),
 )
 # Contraction would round once where two operations are written; no sanitizer is there to be called.
-BARE = ("-ffreestanding", "-ffp-contract=off", "-fno-sanitize=undefined", "-fno-unwind-tables", "-ffunction-sections")
+BARE = (
+    *("-ffreestanding", "-ffp-contract=off", "-fno-sanitize=undefined", "-fno-unwind-tables", "-ffunction-sections"),
+    "-fno-lto",  # which on MIPS forgets that floats are in software, in older versions
+)
 
 
 class Processor(NamedTuple):
@@ -91,6 +94,7 @@ class Target:
     """A processor that code is compiled for.
 
     triple, cpu, flags : as Zig's compiler takes them.
+    room : bytes of flash.
     processor : how it is emulated; None where objects are compiled and no more.
     """
 
@@ -99,6 +103,7 @@ class Target:
     cpu: str
     processor: Processor | None = None
     flags: tuple[str, ...] = ()
+    room: int = FLASH_BYTES
 
 
 PLAIN_ADDRESSES = ("-mno-abicalls", "-fno-pic", "-G0")  # on MIPS: no table of addresses, no register that points to it
@@ -108,7 +113,7 @@ TARGETS = (
     Target("Cortex-M4F", "thumb-freestanding-eabihf", "cortex_m4+vfp4d16sp", _cortex("CORTEX_M4")),
     Target("RV32IMAC", "riscv32-freestanding-none", "generic_rv32+m+a+c", RISCV),
     Target("MIPS32, big-endian", "mips-freestanding-eabi", "mips32+soft_float", MIPS, PLAIN_ADDRESSES),
-    Target("ATmega328P", "avr-freestanding-none", "atmega328p", None, ("-mmcu=atmega328p",)),
+    Target("ATmega328P", "avr-freestanding-none", "atmega328p", None, ("-mmcu=atmega328p",), 32 << 10),
     Target("PowerPC 750, big-endian", "powerpc-freestanding-eabi", "750"),
 )
 
@@ -153,7 +158,7 @@ MEMORY {{
 }}
 SECTIONS {{
   .text : {{ *(.text .text.*) }} > flash
-  .rodata : {{ *(.rodata .rodata.* .srodata .srodata.*) }} > flash
+  .rodata : {{ *(.rodata .rodata.* .srodata .srodata.* .data.rel.ro .data.rel.ro.*) }} > flash
   .data : {{ *(.data .data.* .sdata .sdata.*) }} > ram
   .bss : {{ *(.bss .bss.* .sbss .sbss.* COMMON) }} > ram
   /DISCARD/ : {{ *(.ARM.ex* .MIPS.* .reginfo .eh_frame* .debug* .comment) }}

@@ -51,7 +51,7 @@ class Verification:
         bits = "the same bits as" if self.same_bits else "NOT the bits of"
         lines = [
             f"{self.rows} rows through {self.compiler}: {bits} the NumPy reference",
-            f"names the model's class on {100 * self.agreement:.2f} %; a logit's largest error {self.largest_error:.3g}",
+            f"the model's class on {100 * self.agreement:.2f} %; largest error of a logit {self.largest_error:.3g}",
             f"{self.object_bytes:,} bytes of code and constants; {self.nanoseconds:,.0f} ns a prediction here",
         ]
         if self.accuracy is not None and self.accuracy_lost is not None:

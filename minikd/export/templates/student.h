@@ -22,6 +22,7 @@ extern "C" {
 #define STUDENT_CLASSES @classes@
 
 /* What it takes, in bytes. Flash: the numbers below, the names of the classes, and an estimate of the code under -Os.
+ * Cores without a float unit take their compiler's float routines besides.
  * RAM: what is kept between calls (on cores that copy constants to RAM, such as AVR, the constants count there too).
  * Stack: at most, of student_class, with the frames of the functions below it; sanitizers take more. */
 #define STUDENT_CONSTANT_BYTES @constant_bytes@
