@@ -38,6 +38,7 @@ _PUBLIC = {
     "schedules": "minikd.schedules",
     "store": "minikd.store",
     "teachers": "minikd.teachers",
+    "testing": "minikd.testing",
     "training": "minikd.training",
 }
 

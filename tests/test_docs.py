@@ -96,3 +96,17 @@ def test_the_page_of_int8_makes_a_small_student() -> None:
     run("docs/int8.md", code, names)
     assert len(names["small"].tried) == 25
     assert (names["integers"].argmax(axis=1) == names["data"].y_test).mean() > 0.8
+
+
+def test_the_page_of_testing_shows_the_report_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    codes = blocks("docs/testing.md", "python")
+    run("docs/testing.md", codes[0], names)
+    printed = capsys.readouterr().out
+    (shown,) = blocks("docs/testing.md", "text")
+    signature, head, *failure = shown.splitlines()
+    assert printed.startswith(f"{signature}\n{head} (")
+    assert "\n".join(failure) in printed
+    for code in codes[1:]:
+        run("docs/testing.md", code, names)
+    assert capsys.readouterr().out.split() == ["0.3572883739666878", "0.3572883739666876496538043"]

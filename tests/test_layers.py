@@ -58,6 +58,7 @@ LAYERS = {
     "exporting": 9,
     "labelling": 9,
     "sklearn": 9,
+    "testing": 9,
     "__main__": 9,
 }
 
