@@ -126,12 +126,13 @@ class Step:
 
     def replay(self, *args: Any) -> Any:
         """The result if the plan that ran last takes these arguments and nobody else runs it, else NOT_RUN."""
-        if (anybody_records and recorder() is not None) or not self._lock.acquire(False):
+        lock = self._lock
+        if (anybody_records and recorder() is not None) or not lock.acquire(False):
             return NOT_RUN
         try:
             return NOT_RUN if self._last is None else self._last.try_run(args)
         finally:
-            self._lock.release()
+            lock.release()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold the function, and record for themselves."""

@@ -30,7 +30,7 @@ from minikd.export.network import Network
 from minikd.locks import only_writer
 from minikd.nn import MLP
 from minikd.report import RunFolder
-from minikd.safetensors import write_tensors
+from minikd.safetensors import write_tensors, write_whole
 from minikd.settings import Settings
 from minikd.store.manifest import shard_path
 from minikd.training import Training
@@ -348,10 +348,7 @@ def test_a_shard_that_becomes_shorter_while_it_is_read_is_an_error_and_no_crash(
 
 
 def test_a_shard_that_is_written_to_while_it_is_read_is_noticed(store: kd.store.Store) -> None:
-    path = shard_path(store.path, 0)
-    with path.open("r+b") as file:
-        file.seek(5000)
-        file.write(b"other")
+    write_into(shard_path(store.path, 0))
     with pytest.raises(DataError, match="got other bytes"):
         store.logits(None, [5])
 
@@ -369,6 +366,61 @@ def test_a_store_that_is_written_anew_or_deleted_is_read_to_the_end_as_it_was(st
     np.testing.assert_array_equal(store.logits(), SCORES)
     shutil.rmtree(store.path)
     np.testing.assert_array_equal(store.logits(), SCORES)
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> np.ndarray:
+    np.save(tmp_path / "rows.npy", SCORES)
+    found: np.ndarray = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    return found
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, 4096)
+
+
+def write_into(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(5000)
+        file.write(b"other")
+
+
+@posix
+@pytest.mark.parametrize("change", [shorten, write_into])
+def test_a_table_whose_file_changes_while_it_is_mapped_is_an_error_and_no_crash(
+    tmp_path: Path, mapped: np.ndarray, change: Callable[[Path], None]
+) -> None:
+    teacher = kd.as_teacher(tmp_path / "rows.npy")
+    np.testing.assert_array_equal(teacher.logits(None, [899]), SCORES[[899]])
+    change(tmp_path / "rows.npy")
+    with pytest.raises(DataError, match=r"rows\.npy must be left as it was while it is in use \(144128 bytes\), got"):
+        teacher.logits(None, [899])
+
+
+@posix
+@pytest.mark.parametrize("change", [shorten, write_into])
+def test_features_whose_file_changes_while_they_are_labelled_are_an_error_and_no_crash(
+    tmp_path: Path, mapped: np.ndarray, change: Callable[[Path], None]
+) -> None:
+    class Changes(Told):
+        def logits(self, x: Any, rows: np.ndarray) -> np.ndarray:
+            if rows[0] == 400:
+                change(tmp_path / "rows.npy")
+            return super().logits(x, rows)
+
+    with pytest.raises(DataError, match=r"shard 2 .*rows\.npy must be left as it was while it is in use"):
+        kd.store.write(tmp_path / "s", Changes(), mapped, rows_per_shard=400)
+
+
+@posix
+def test_a_mapped_table_that_is_replaced_or_deleted_is_read_to_the_end_as_it_was(
+    tmp_path: Path, mapped: np.ndarray
+) -> None:
+    teacher = kd.as_teacher(tmp_path / "rows.npy")
+    write_whole(tmp_path / "rows.npy", b"other")
+    np.testing.assert_array_equal(teacher.logits(None, [0, 899]), SCORES[[0, 899]])
+    (tmp_path / "rows.npy").unlink()
+    np.testing.assert_array_equal(teacher.logits(None, [0, 899]), SCORES[[0, 899]])
 
 
 @pytest.mark.parametrize("rows", [[3], [3, 3, 2], [899, 0, 450, 450], [*range(100, 300), 7, *range(650, 400, -1)]])
@@ -624,8 +676,6 @@ def test_of_two_commands_that_begin_in_one_folder_at_once_one_is_refused_in_word
         third = distill("--resume", tmp_path / "run", "--quiet")
         assert f"process {going.pid} on" in third.communicate(timeout=60)[1]
         assert third.returncode == 2
-        while not (tmp_path / "run" / "report.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
         assert "interrupted" in stop(going)[1]
         assert going.returncode == 130
     finally:

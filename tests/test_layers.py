@@ -21,6 +21,7 @@ LAYERS = {
     "errors": 0,
     "ops": 1,
     "locks": 1,
+    "mapped": 1,
     "safetensors": 1,
     "expressions": 1,
     "_native": 2,
