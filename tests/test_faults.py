@@ -33,7 +33,7 @@ from minikd.report import RunFolder
 from minikd.safetensors import write_tensors, write_whole
 from minikd.settings import Settings
 from minikd.store.manifest import shard_path
-from minikd.training import Training
+from minikd.training import StepReport, Training
 
 KILLS = int(os.environ.get("MINIKD_KILLS", "4"))
 REPLAYS = int(os.environ.get("MINIKD_REPLAYS", "3000"))
@@ -449,8 +449,11 @@ def test_a_store_is_read_by_several_threads_at_once(store: kd.store.Store) -> No
 # --- a signal in a long call ---
 
 
-def seconds_to_ctrl_c(after: float, call: Callable[[], object]) -> float:
-    """Send Ctrl-C so many seconds after a call began, which must end it as KeyboardInterrupt; how long that took."""
+def seconds_to_ctrl_c(after: float, call: Callable[[Callable[[], None]], object]) -> float:
+    """Send Ctrl-C to a call, which must end as KeyboardInterrupt; how long that took.
+
+    The call is given a function: so many seconds after it is called, the signal is sent.
+    """
     sent: list[float] = []
 
     def send() -> None:
@@ -458,22 +461,21 @@ def seconds_to_ctrl_c(after: float, call: Callable[[], object]) -> float:
         os.kill(os.getpid(), signal.SIGINT)
 
     before, timer = signal.signal(signal.SIGINT, signal.default_int_handler), threading.Timer(after, send)
-    timer.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            call()
+            call(timer.start)
         return time.perf_counter() - sent[0]
     finally:
         timer.cancel()
         signal.signal(signal.SIGINT, before)
 
 
-def trained(steps: int, **options: Any) -> Training:
-    """A training that has not begun: of one epoch, if `steps` is large a very long one."""
+def trained(epochs: int, **options: Any) -> Training:
+    """A training that has not begun, of 100 steps an epoch."""
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(3000, 20)).astype(np.float32), rng.integers(0, 3, 3000)
     model = MLP([20, 30, 3], seed=0)
-    return Training(model, x, y, None, epochs=steps, batch_size=3000 // 100, seed=1, **options)
+    return Training(model, x, y, None, epochs=epochs, batch_size=30, seed=1, **options)
 
 
 def bits(model: kd.nn.Module) -> list[bytes]:
@@ -504,7 +506,12 @@ def test_ctrl_c_is_heeded_within_an_epoch_and_whole_steps_are_done() -> None:
     rows = np.broadcast_to(np.arange(64), (1_000_000, 64))
     step, model, count = compiled()
     step.epoch(rows[:5])
-    waited = seconds_to_ctrl_c(0.3, lambda: step.epoch(rows))
+
+    def epoch(begin: Callable[[], None]) -> None:
+        begin()
+        step.epoch(rows)
+
+    waited = seconds_to_ctrl_c(0.3, epoch)
     assert waited < 1.0, f"Ctrl-C was heeded after {waited:.2f} s; a call of C takes about 0.05 s"
     done = int(count)
     assert 5 < done < 1_000_000
@@ -518,13 +525,20 @@ def test_ctrl_c_is_heeded_within_an_epoch_and_whole_steps_are_done() -> None:
 
 @posix
 def test_a_training_that_ctrl_c_ended_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: Path) -> None:
-    whole = trained(20).run()
-    stopped = trained(
-        20, keeper=Checkpoint(tmp_path / "state.safetensors", every=30), on_step=lambda _: time.sleep(0.02)
-    )
-    seconds_to_ctrl_c(0.4, stopped.run)
-    assert 0 < stopped.step < stopped.steps
-    resumed = trained(20, keeper=Checkpoint(tmp_path / "state.safetensors", every=30)).run()
+    whole, path, steps = trained(20).run(), tmp_path / "state.safetensors", []
+
+    def run(begin: Callable[[], None]) -> None:
+        def on_step(report: StepReport) -> None:
+            steps.append(report.step)
+            if len(steps) == 40:
+                begin()
+            time.sleep(0.01)
+
+        trained(20, keeper=Checkpoint(path, every=30), on_step=on_step).run()
+
+    seconds_to_ctrl_c(0.05, run)
+    assert 40 <= len(steps) < whole.steps
+    resumed = trained(20, keeper=Checkpoint(path, every=30)).run()
     assert bits(resumed.model) == bits(whole.model)
     assert resumed.history == whole.history
 
@@ -601,6 +615,7 @@ def test_a_child_replays_the_steps_of_its_parent_whatever_other_threads_did(
 
 
 @posix
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # newer Pythons warn where there are threads
 def test_a_parent_and_its_children_read_one_opened_store_at_the_same_time(store: kd.store.Store) -> None:
     children = []
     for seed in range(3):
