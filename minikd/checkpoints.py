@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ class Checkpoint:
         if self._latest is None:
             self.kept()
         free = self._places[self._places[0] == self._latest]
-        free.unlink(missing_ok=True)
+        with suppress(OSError):  # where it cannot be removed, writing says why
+            free.unlink()
         write(free, tensors, facts, self._run, self._training, durable=False)
         if self._latest is not None:
             self._latest.unlink(missing_ok=True)

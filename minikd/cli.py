@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -237,11 +237,16 @@ def naming(origins: dict[str, str], command: str = "minikd distill") -> Iterator
 
 def distill(options: argparse.Namespace) -> int:
     """Train, write the folder, and print the table and the verdict."""
+    with ExitStack() as held:  # which lets the folder go
+        resumed = held.enter_context(take_up(options)) if options.resume else None
+        settings, origins = read_settings(options)
+        fresh = RunFolder(options.out, options.overwrite) if options.out else RunFolder.fresh(settings.data)
+        return distill_into(resumed or held.enter_context(fresh), settings, origins, options)
+
+
+def distill_into(folder: RunFolder, settings: Settings, origins: dict[str, str], options: argparse.Namespace) -> int:
+    """Do so in this folder, from where it was stopped if it was taken up; returns the exit code."""
     began = time.monotonic()
-    resumed = take_up(options) if options.resume else None
-    settings, origins = read_settings(options)
-    fresh = RunFolder(options.out, options.overwrite) if options.out else RunFolder.fresh(settings.data)
-    folder = resumed or fresh
     folder.tensorboard = options.tensorboard
     watcher = watch(sys.stderr, options.quiet)
     with naming(origins):
@@ -251,7 +256,7 @@ def distill(options: argparse.Namespace) -> int:
             on_progress=watcher,
             on_model=lambda: folder.write_results(experiment.result()),
         )
-        if resumed is None:
+        if not options.resume:
             folder.begin(experiment.settings)
         experiment.keep_in(folder.path / CHECKPOINTS)
     introduce(experiment, options.quiet)

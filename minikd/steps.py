@@ -16,8 +16,10 @@ arguments (parameters, optimizer state, data) is read where it is, so a learning
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
@@ -76,6 +78,19 @@ def compile(step: Callable[..., Any] | None = None, *, fallback: bool = False, c
     return Step(step, fallback=fallback, confirm=confirm)
 
 
+_STEPS: weakref.WeakSet[Step] = weakref.WeakSet()  # all that there are, for a child that is forked
+
+
+def _free_locks() -> None:
+    """In the child of a fork: a thread that ran a step in the parent is not there to give its lock back."""
+    for step in _STEPS:
+        step._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_locks)
+
+
 class Step:
     """A function that is recorded when it first runs and replayed from then on; `compile` makes it.
 
@@ -97,6 +112,7 @@ class Step:
         self._last: Variant | None = None  # the one that ran last, if it has a plan
         self._rounds_done = 0  # of the last call for several steps
         self._lock = threading.RLock()
+        _STEPS.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if anybody_records and recorder() is not None:
@@ -110,12 +126,13 @@ class Step:
 
     def replay(self, *args: Any) -> Any:
         """The result if the plan that ran last takes these arguments and nobody else runs it, else NOT_RUN."""
-        if (anybody_records and recorder() is not None) or not self._lock.acquire(False):
+        lock = self._lock
+        if (anybody_records and recorder() is not None) or not lock.acquire(False):
             return NOT_RUN
         try:
             return NOT_RUN if self._last is None else self._last.try_run(args)
         finally:
-            self._lock.release()
+            lock.release()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold the function, and record for themselves."""

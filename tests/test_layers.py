@@ -20,6 +20,8 @@ PACKAGE = Path(kd.__file__).parent
 LAYERS = {
     "errors": 0,
     "ops": 1,
+    "locks": 1,
+    "mapped": 1,
     "safetensors": 1,
     "expressions": 1,
     "_native": 2,

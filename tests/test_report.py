@@ -237,6 +237,7 @@ def test_the_folder_holds_every_file_after_a_run_and_nothing_temporary(result: D
     folder.begin(result.settings)
     folder.write_results(result)
     folder.write_pictures(result)
+    folder.close()
     assert sorted(path.name for path in folder.path.iterdir()) == sorted(FILES)
     assert [name for name, _ in folder.files()] == list(FILES)
 

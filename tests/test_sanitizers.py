@@ -1,7 +1,8 @@
-"""The C kernels and plans under AddressSanitizer: no read or write outside of a buffer, none of freed memory.
+"""The C kernels and plans under the compiler's checks: of memory, of what C leaves undefined, and of threads.
 
-The extension module is built once more, with the checks in, and a child process runs the script below with it. Asked
-for by MINIKD_SANITIZE=1, because the build takes most of a minute.
+The extension module is built twice more, with AddressSanitizer and UndefinedBehaviorSanitizer and with ThreadSanitizer.
+Child processes run the scripts below and tests of the kernels with it. Asked for by MINIKD_SANITIZE=1, because a build
+takes a minute and the tests of threads take several.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -100,33 +102,103 @@ print("clean")
 """
 
 
-def sanitizer() -> str:
-    """The path of AddressSanitizer's library, or an empty text."""
+RACE = """
+import threading
+
+import numpy as np
+
+from minikd.kernels import native
+
+native.set_threads(1)
+y = np.zeros(3_000_000, np.float32)
+calls = [native.binder("add_into")(y, np.ones_like(y)) for _ in range(2)]
+both = threading.Barrier(2)
+
+
+def add(call):
+    both.wait()
+    call()
+
+
+threads = [threading.Thread(target=add, args=(call,)) for call in calls]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+OUTSIDE = """
+import numpy as np
+
+from minikd.kernels import native
+
+call = native.binder("add_into")(np.zeros(100, np.float32), np.ones(100, np.float32))
+call.record.size[0] = 101
+call()
+"""
+
+
+class Checks(NamedTuple):
+    """A package whose extension module was built with checks, and what a process needs that loads it."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """A Python that has the checks in it."""
+        environment = {**os.environ, **self.environment, "PYTHONPATH": str(self.folder), "MINIKD_BACKEND": "c", **more}
+        return subprocess.run(
+            [sys.executable, *arguments], env=environment, cwd=self.folder, capture_output=True, text=True
+        )
+
+    def test(self, *arguments: str, **more: str) -> None:
+        """Run some of the tests, those of the C backend."""
+        chosen = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        done = self.run(*chosen, **more)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        assert " passed" in done.stdout
+
+
+def library(name: str) -> str:
+    """The path of a sanitizer's library; the test fails where gcc has none."""
     compiler = shutil.which("gcc")
-    if compiler is None:
-        return ""
-    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    path = Path(found.stdout.strip())
-    return str(path) if path.is_absolute() else ""
+    if compiler is not None:
+        found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        path = Path(found.stdout.strip())
+        if path.is_absolute():
+            return str(path)
+    pytest.fail(f"MINIKD_SANITIZE=1 needs a gcc that has {name}")
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package whose extension module checks every access."""
+def built(folder: Path, checks: str) -> Path:
+    """A copy of the package, with its tests, whose extension module has these checks in it."""
     if os.environ.get("MINIKD_SANITIZE") != "1":
         pytest.skip("needs MINIKD_SANITIZE=1, which builds the kernels once more: that takes a minute")
-    if not sanitizer():
-        pytest.fail("MINIKD_SANITIZE=1 asks for AddressSanitizer, but there is no gcc that has it")
-    folder = tmp_path_factory.mktemp("sanitized")
-    for name in ("minikd", "csrc"):
+    for name in ("minikd", "csrc", "tests", "docs", "bench"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    checked = "-fsanitize=address -fno-omit-frame-pointer"
-    environment = {**os.environ, "CFLAGS": checked, "LDFLAGS": checked, "MINIKD_REQUIRE_C": "1"}
+    flags = f"-fsanitize={checks} -fno-sanitize-recover=all -fno-omit-frame-pointer"
+    environment = {**os.environ, "CFLAGS": flags, "LDFLAGS": flags, "CC": "gcc", "MINIKD_REQUIRE_C": "1"}
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(build, cwd=folder, env=environment, check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Checks:
+    """Every access is looked at, and every operation that C leaves undefined."""
+    folder = built(tmp_path_factory.mktemp("memory"), "address,undefined")
+    preloaded = f"{library('libasan.so')} {library('libubsan.so')}"
+    return Checks(folder, {"LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"})
+
+
+@pytest.fixture(scope="module")
+def races(tmp_path_factory: pytest.TempPathFactory) -> Checks:
+    """Two threads that are at one place, one of them writing, are an error."""
+    folder = built(tmp_path_factory.mktemp("races"), "thread")
+    options = "halt_on_error=1 die_after_fork=0"
+    return Checks(folder, {"LD_PRELOAD": library("libtsan.so"), "TSAN_OPTIONS": options, "OPENBLAS_NUM_THREADS": "1"})
 
 
 def levels() -> tuple[str, ...]:
@@ -135,19 +207,40 @@ def levels() -> tuple[str, ...]:
     return native.cpu_levels() or ("base",)
 
 
-@pytest.mark.parametrize("level", levels())
-def test_plans_touch_nothing_but_their_buffers(sanitized: Path, level: str) -> None:
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": sanitizer(),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONMALLOC": "malloc",
-        "PYTHONPATH": str(sanitized),
-        "MINIKD_BACKEND": "c",
-        "MINIKD_CPU": level,
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PLANS, level], env=environment, cwd=sanitized, capture_output=True, text=True
-    )
+each_level = pytest.mark.parametrize("level", levels())
+
+
+@each_level
+def test_plans_touch_nothing_but_their_buffers(memory: Checks, level: str) -> None:
+    done = memory.run("-c", PLANS, level, MINIKD_CPU=level)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == "clean\n"
+
+
+@each_level
+def test_every_kernel_of_the_table_touches_nothing_but_its_buffers(memory: Checks, level: str) -> None:
+    memory.test("tests/test_ops.py", "-k", "not numba and not numpy", MINIKD_CPU=level)
+
+
+def test_kernels_touch_nothing_else_where_rows_are_wide_or_few_or_cut_for_threads(memory: Checks) -> None:
+    """Each of these files asks for every level itself."""
+    files = ("native", "products", "linear_losses", "launch")
+    memory.test(*(f"tests/test_{name}.py" for name in files), "-k", "not numba and not numpy")
+
+
+def test_an_access_outside_of_a_buffer_would_be_noticed(memory: Checks) -> None:
+    done = memory.run("-c", OUTSIDE)
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+
+
+def test_threads_of_kernels_are_never_at_one_place(races: Checks) -> None:
+    """The checker has a thread of its own, so the test that counts threads is left out."""
+    races.test("tests/test_threads.py", "-k", "not starts_no_thread")
+    races.test("tests/test_products.py", "-k", f"any_number_of_threads and {levels()[-1]}")
+
+
+def test_threads_at_one_place_would_be_noticed(races: Checks) -> None:
+    done = races.run("-c", RACE)
+    assert done.returncode != 0
+    assert "ThreadSanitizer: data race" in done.stderr

@@ -200,8 +200,8 @@ def test_a_store_that_is_pickled_is_opened_again(tmp_path: Path) -> None:
     assert repr(again) == f"<store {tmp_path / 's'}: 50 rows, 4 classes, float32>"
 
 
-def test_more_shards_than_are_mapped_at_a_time_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minikd.store.reading.MAPPED", 2)
+def test_more_shards_than_are_open_at_a_time_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minikd.store.reading.OPENED", 2)
     store = write(tmp_path / "s", Told(), X, rows_per_shard=10)
     for _ in range(2):
         np.testing.assert_array_equal(store.logits(), SCORES)

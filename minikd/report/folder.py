@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from minikd.distillation import DistillResult
 from minikd.errors import OutputError
 from minikd.export import save
 from minikd.kernels import current_backend
+from minikd.locks import only_writer
 from minikd.nn import Module
 from minikd.report.config import to_toml
 from minikd.report.pictures import learning_curves, soft_labels
@@ -41,6 +43,7 @@ FOLDERS = {
     "checkpoints": "what minikd distill --resume goes on from",
     "tensorboard": "the history as TensorBoard events",
 }
+AT_IT = "Wait until it ends, or name another folder."
 CONFIG, REPORT, CHECKPOINTS, EVENTS = "config.toml", "report.json", "checkpoints", "tensorboard"
 HISTORY = ("situation", "model", "seed", "epoch", "lr", "loss", "validation_accuracy", "validation_nll")
 TERM = ("value", "gradient_share")  # of each term's figures in a row of the history
@@ -49,6 +52,9 @@ PICTURES = {"learning_curves.png": learning_curves, "soft_labels.png": soft_labe
 
 class RunFolder:
     """The folder that one run writes into; nothing is made before `begin`.
+
+    From `begin` or `resume` to `close`, or to the end of its process, no other run may begin or go on in it. Used with
+    `with`, it is closed at the end.
 
     Parameters
     ----------
@@ -62,6 +68,17 @@ class RunFolder:
         self.path, self._overwrite, self._must_be_new = Path(path), overwrite, False
         self._saved: dict[str, Any] = {}
         self._logged = 0  # rows of the history that are TensorBoard events already
+        self._held = ExitStack()  # the lock, while there is one
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        self._held.close()
 
     @classmethod
     def fresh(cls, data: str) -> RunFolder:
@@ -84,6 +101,10 @@ class RunFolder:
             except FileExistsError:
                 self.path = self.path.with_name(f"{stem}-{k}")
 
+    def _lock(self) -> None:
+        """Be the only run that writes here; OutputError that names the process of another."""
+        self._held.enter_context(only_writer(self.path, "folder", AT_IT, writer="run"))
+
     def begin(self, settings: Settings) -> None:
         """Make the folder and write config.toml, which repeats the run, backend included.
 
@@ -91,10 +112,18 @@ class RunFolder:
 
         Raises
         ------
-        OutputError : it cannot be made or written, or there are results in it already.
+        OutputError : it cannot be made or written, another run writes to it, or there are results in it already.
         """
         try:
+            self._begin(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, settings: Settings) -> None:
+        try:
             self._claim()
+            self._lock()
             earlier = [name for name in FILES | FOLDERS if name != CONFIG and (self.path / name).exists()]
             if earlier and not self._overwrite:
                 expected, fix = "a folder without results", "Name another folder, or allow it with --overwrite."
@@ -118,12 +147,14 @@ class RunFolder:
 
         Raises
         ------
-        OutputError : there is no run in the folder, or it is complete.
+        OutputError : there is no run in the folder, it is complete, or it has not been stopped.
         """
         if not (self.path / CONFIG).is_file():
             expected, fix = "the folder of a run that was stopped", "Name the folder that its --out named."
             raise OutputError("folder", str(self.path), expected=expected, got=f"one without {CONFIG}", fix=fix)
+        self._lock()
         if self._is_complete():
+            self.close()
             expected, fix = "a run that was stopped", "Its results are in the folder; a new run needs a new one."
             raise OutputError("folder", str(self.path), expected=expected, got="one that is complete", fix=fix)
         for path in self.path.glob(".*.part"):

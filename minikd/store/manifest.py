@@ -129,11 +129,6 @@ def finished_shard(folder: Path, spec: Spec, number: int) -> Shard | None:
     return shard if whole and (footer.get("spec"), footer.get("shard")) == (spec.digest, number) else None
 
 
-def is_intact(records: np.ndarray, shard: Shard) -> bool:
-    """Whether records, contiguous, have the bytes that the shard's digest says."""
-    return _sha256(records) == shard.sha256
-
-
 def _sha256(records: np.ndarray) -> str:
     return hashlib.sha256(_bytes(records)).hexdigest()
 

@@ -1,7 +1,13 @@
-"""A store opened for reading: logits by sample number, from shards that are mapped into memory."""
+"""A store opened for reading: logits by sample number, from shards of which no more than these rows is read.
+
+The files are read, not mapped: to touch a page of a mapped file that has become shorter ends the process.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import threading
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
@@ -21,13 +27,14 @@ from minikd.store.manifest import (
     damaged,
     finished_shard,
     in_words,
-    is_intact,
     kl_error,
     read_manifest,
     shard_path,
 )
 
-MAPPED = 128  # shards that are mapped at a time, since each holds an open file
+OPENED = 128  # shards whose files are open at a time
+PIECE_BYTES = 1 << 22  # read at a time to compare a digest
+GAP_BYTES = 1 << 14  # between two rows that are still read in one go: a call of its own takes longer
 
 
 def open(path: str | PathLike[str]) -> Store:
@@ -60,8 +67,10 @@ class Store:
         self.classes, self.identity, self.kl_error = spec.classes, spec.teacher, kl_error(spec, shards)
         self._encoding = spec.encoding
         self.bytes = sum(self._size(number) for number in range(spec.shards))
-        self._intact: set[int] = set()  # shards whose bytes were found to be what their digest says
-        self._records = lru_cache(maxsize=MAPPED)(self._map)
+        self._intact: dict[
+            int, tuple[int, int]
+        ] = {}  # shards that were compared with their digest, and their files' state
+        self._shard = lru_cache(maxsize=OPENED)(self._opened)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open, (str(self.path.resolve()),)
@@ -97,7 +106,7 @@ class Store:
         order = np.argsort(numbers, kind="stable")
         needed, starts = np.unique(numbers[order], return_index=True)
         for number, places in zip(needed.tolist(), np.split(order, starts)[1:], strict=True):
-            found[places] = self._encoding.decode(self._records(number)[within[places]])
+            found[places] = self._encoding.decode(self._records(number, within[places]))
         return found
 
     def check(
@@ -162,17 +171,92 @@ class Store:
         expected = f"as it was written (sha256 {self._shards[number].sha256[:12]}…)"
         return damaged(shard_path(self.path, number), "", expected, got)
 
-    def _map(self, number: int) -> np.ndarray:
-        """The records of a shard; at the first time all its bytes are compared with their digest."""
-        path = shard_path(self.path, number)
+    def _opened(self, number: int) -> _File:
+        """A shard's file."""
         try:
-            records = np.memmap(path, self._encoding.record, "r", shape=(len(self.spec.samples(number)),))
-        except (OSError, ValueError) as error:
+            return _File(shard_path(self.path, number))
+        except OSError as error:
             raise self._damaged(number, str(error)) from error
-        if number not in self._intact:
-            if not is_intact(records, self._shards[number]):
-                raise self._damaged(number, "other bytes")
-            if self.spec.top_k and int(records["classes"].max()) >= self.classes:
-                raise self._damaged(number, f"class {records['classes'].max()} of {self.classes}")
-            self._intact.add(number)
-        return records
+
+    def _records(self, number: int, rows: np.ndarray) -> np.ndarray:
+        """The records (m,) of these rows of a shard.
+
+        All bytes of a shard are compared with their digest before the first time, and again when its file was written
+        to since.
+        """
+        file = self._shard(number)
+        try:
+            state = file.state()
+            if self._intact.get(number) != state:
+                self._compare(number, file)
+                self._intact[number] = state
+            return file.take(rows, self._encoding.record)
+        except OSError as error:
+            raise self._damaged(number, str(error)) from error
+
+    def _compare(self, number: int, file: _File) -> None:
+        """DataError where a shard's records are not those that its digest is of, or name a class that is none."""
+        rows, running, largest = len(self.spec.samples(number)), hashlib.sha256(), 0
+        step = max(1, PIECE_BYTES // self._encoding.record.itemsize)
+        for start in range(0, rows, step):
+            records = np.empty(min(step, rows - start), self._encoding.record)
+            file.read(records.view(np.uint8).data, start * records.itemsize)
+            running.update(records.view(np.uint8).data)
+            if self.spec.top_k:
+                largest = max(largest, int(records["classes"].max()))
+        if running.hexdigest() != self._shards[number].sha256:
+            raise self._damaged(number, "other bytes")
+        if largest >= self.classes:
+            raise self._damaged(number, f"class {largest} of {self.classes}")
+
+
+class _File:
+    """A file of records that is read at given places, also by several threads, and by forked processes."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._lock = threading.Lock()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def state(self) -> tuple[int, int]:
+        """What differs after the file was written to: its size, and the time of its last change."""
+        found = os.fstat(self._descriptor)
+        return found.st_size, found.st_mtime_ns
+
+    def take(self, rows: np.ndarray, record: np.dtype[Any]) -> np.ndarray:
+        """The records (m,) of these rows; those that lie near each other are read in one go."""
+        order = np.argsort(rows, kind="stable")
+        rising, near = rows[order], max(1, GAP_BYTES // record.itemsize)
+        starts = np.append(0, np.flatnonzero(np.diff(rising) > near) + 1)
+        first, counts = rising[starts], np.diff(starts, append=len(rows))
+        lengths = rising[starts + counts - 1] - first + 1
+        read = np.empty(int(lengths.sum()), record)
+        begins = np.cumsum(lengths) - lengths
+        whole, size = read.view(np.uint8).data, record.itemsize
+        for begin, length, row in zip(begins.tolist(), lengths.tolist(), first.tolist(), strict=True):
+            self.read(whole[begin * size : (begin + length) * size], row * size)
+        places = np.empty(len(rows), np.int64)
+        places[order] = rising + np.repeat(begins - first, counts)
+        return read if np.array_equal(places, np.arange(len(read))) else read[places]
+
+    def read(self, to: memoryview, place: int) -> None:
+        """Fill the bytes with those from a place on; OSError where the file ends before."""
+        done = self._read(to, place)
+        while done < len(to):
+            more = self._read(to[done:], place + done)
+            if not more:
+                raise OSError(f"a file of {os.fstat(self._descriptor).st_size} bytes")
+            done += more
+
+    def _read(self, to: memoryview, place: int) -> int:
+        """Read some bytes from a place on, without the file's position where there is a way: all share that."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._descriptor, [to], place)
+        with self._lock:
+            os.lseek(self._descriptor, place, os.SEEK_SET)
+            data = os.read(self._descriptor, len(to))
+            to[: len(data)] = data
+            return len(data)

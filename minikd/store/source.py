@@ -8,6 +8,7 @@ import numpy as np
 
 from minikd.data import Dataset, sha256_of
 from minikd.errors import ArgumentError, ShapeError
+from minikd.mapped import Watched
 
 AS_GIVEN, AS_READ = "as given", "train, validation, test, each as read"
 WHERE = "store.write"
@@ -24,10 +25,12 @@ class ArraySource:
             fix = "A data set is given as minikd.data.load makes it."
             raise ShapeError(WHERE, "x", expected="rows of features (n, k)", got=f"shape {self._x.shape}", fix=fix)
         self.rows, self.shape, self.dtype = len(self._x), self._x.shape[1:], self._x.dtype
+        self._file = Watched(WHERE, self._x)
         self.sha256 = sha256 or sha256_of(self._x)
 
     def take(self, samples: range) -> np.ndarray:
-        """The features (m, …) of these samples, as they are."""
+        """The features (m, …) of these samples, as they are; DataError where their file was changed meanwhile."""
+        self._file.check()
         return np.asarray(self._x[samples.start : samples.stop])
 
 

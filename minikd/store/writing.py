@@ -22,9 +22,9 @@ import numpy as np
 
 from minikd.errors import ArgumentError, DataError, MinikdError, OutputError, ShapeError
 from minikd.kernels import as_real
+from minikd.locks import NAME as LOCK
+from minikd.locks import only_writer
 from minikd.store.encoding import MOST_CLASSES, REALS, TEMPERATURES
-from minikd.store.lock import NAME as LOCK
-from minikd.store.lock import only_writer
 from minikd.store.manifest import (
     AGAIN,
     Shard,
@@ -39,6 +39,7 @@ from minikd.store.reading import Store, open
 from minikd.store.source import Source, source_of
 
 WHERE = "store.write"
+AT_IT = "Wait until it ends, or end it: what it has done stays, and writing again goes on from there."
 MOST_ROWS, FEWEST_ROWS = 1 << 14, 1 << 8  # rows of a shard, if nobody says how many
 SHARD_BYTES = 1 << 26  # features, or records, of a shard
 PIECE_BYTES = 1 << 25  # features, or logits, for which a teacher is asked at a time
@@ -106,7 +107,7 @@ def write(
     source, folder = source_of(x, data_sha256), Path(path)
     spec = _spec(teacher, source, dtype, top_k, rows_per_shard, class_names, preprocessing)
     _make(folder)
-    with only_writer(folder):
+    with only_writer(folder, WHERE, AT_IT):
         shards = _begin(folder, spec, overwrite)
         found = sum(len(spec.samples(number)) for number in shards)
 

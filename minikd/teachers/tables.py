@@ -11,6 +11,7 @@ import numpy as np
 
 from minikd.errors import ArgumentError, DataError, ShapeError
 from minikd.kernels import as_index
+from minikd.mapped import Watched
 from minikd.safetensors import read_tensors
 from minikd.teachers.teacher import LOGITS, PROBABILITIES, SUM_TOLERANCE, Teacher, digest, file_digest
 
@@ -39,6 +40,7 @@ class TableTeacher(Teacher):
             raise ArgumentError("as_teacher", "gives", expected=expected, got=repr(gives))
         super().__init__(PROBABILITIES if gives == PROBABILITIES else LOGITS, classes, identity)
         self.table, self.holds = np.asanyarray(table), gives or LOGITS
+        self._file = Watched("as_teacher", self.table)
         if self.table.ndim != 2 or self.table.dtype.kind not in "fiu":
             got = f"{self.table.dtype} of shape {self.table.shape}"
             raise ShapeError("as_teacher", "the table", expected="numbers of shape (samples, classes)", got=got)
@@ -49,6 +51,7 @@ class TableTeacher(Teacher):
         return bool(((rows >= 0) & (rows < len(self.table))).all())
 
     def _answer(self, x: Any, rows: Any) -> Any:
+        self._file.check()
         found = np.asarray(self.table[rows])
         if self.holds == LOG_PROBABILITIES and len(found):
             with np.errstate(over="ignore", invalid="ignore"):  # NaN and inf are the business of later checks
