@@ -40,13 +40,31 @@ LABELS = np.array([2, 0])
 # --- operations: what they are of arrays, and which inputs backward looks at again ---
 
 
+def always(*shapes: Sequence[int]) -> bool:
+    return True
+
+
+def unless_broadcast(own: Sequence[int], result: Sequence[int]) -> bool:
+    return own == result
+
+
+def unless_a_vector(own: Sequence[int], result: Sequence[int]) -> bool:
+    return len(own) == 2
+
+
 class Operation(NamedTuple):
-    """`of` tensors and `plain` of arrays, which may be complex; backward `reads` these inputs; `axes` that it takes."""
+    """What it is `of` tensors, and `plain` of arrays, which may be complex.
+
+    Backward `reads` these inputs, or a copy where one is not taken as it is (`direct` of its shape and the result's);
+    `takes` says which shapes are of use.
+    """
 
     of: Callable[..., Any]
     plain: Callable[..., Any]
     reads: tuple[int, ...] = ()
-    axes: tuple[int, ...] = (0, 1, 2)
+    takes: Callable[[Sequence[int]], bool] = always
+    inputs: int = 1
+    direct: Callable[[Sequence[int], Sequence[int]], bool] = always
 
 
 def share_of_largest(x: Any, axis: int | None = None) -> Any:
@@ -62,6 +80,22 @@ def larger(a: Any, b: Any) -> Any:
 def plain_log_softmax(x: Any) -> Any:
     x = x - x.real.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def rows(shape: Sequence[int]) -> bool:
+    return len(shape) > 0
+
+
+def tables(shape: Sequence[int]) -> bool:
+    return len(shape) == 2
+
+
+def scores(shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and shape[1] == 3
+
+
+def hard_loss(x: Any) -> Any:
+    return F.cross_entropy(x, np.resize(LABELS, len(x)))
 
 
 def plain_hard_loss(x: Any) -> Any:
@@ -94,27 +128,30 @@ SINGLE = {
     "Σ x": Operation(lambda x: x.sum(), lambda x: x.sum()),
     "mean x": Operation(lambda x: x.mean(), lambda x: x.mean()),
     "max x": Operation(lambda x: x.max(), share_of_largest, (0,)),
-    "max of rows": Operation(lambda x: x.max(axis=-1), lambda x: share_of_largest(x, -1), (0,), (1, 2)),
-    "Σ of rows": Operation(lambda x: x.sum(axis=-1), lambda x: x.sum(axis=-1), (), (1, 2)),
-    "Σ of columns": Operation(lambda x: x.sum(axis=0, keepdims=True), lambda x: x.sum(axis=0, keepdims=True), (), (2,)),
+    "max of rows": Operation(lambda x: x.max(axis=-1), lambda x: share_of_largest(x, -1), (0,), rows),
+    "Σ of rows": Operation(lambda x: x.sum(axis=-1), lambda x: x.sum(axis=-1), (), rows),
+    "Σ of columns": Operation(
+        lambda x: x.sum(axis=0, keepdims=True), lambda x: x.sum(axis=0, keepdims=True), (), tables
+    ),
     "xᵀ": Operation(lambda x: x.T, lambda x: x.T),
     "flat x": Operation(lambda x: x.reshape(-1), lambda x: x.reshape(-1)),
-    "softmax x": Operation(F.softmax, lambda x: np.exp(plain_log_softmax(x)), (), (1, 2)),
-    "log softmax x": Operation(F.log_softmax, plain_log_softmax, (), (1, 2)),
-    "row 0 twice": Operation(lambda x: x.take([0, 0]), lambda x: x[[0, 0]], (), (1, 2)),
+    "softmax x": Operation(F.softmax, lambda x: np.exp(plain_log_softmax(x)), (), rows),
+    "log softmax x": Operation(F.log_softmax, plain_log_softmax, (), rows),
+    "row 0 twice": Operation(lambda x: x.take([0, 0]), lambda x: x[[0, 0]], (), rows),
 }
-# of scores of three classes or more
 LOSSES = {
-    "a hard loss": Operation(lambda x: F.cross_entropy(x, np.resize(LABELS, len(x))), plain_hard_loss),
-    "a distillation loss": Operation(distillation, plain_distillation),
+    "a hard loss": Operation(hard_loss, plain_hard_loss, (), scores),
+    "a distillation loss": Operation(distillation, plain_distillation, (), scores),
 }
 PAIRS = {
-    "a + b": Operation(lambda a, b: a + b, lambda a, b: a + b),
-    "a - b": Operation(lambda a, b: a - b, lambda a, b: a - b),
-    "a·b": Operation(lambda a, b: a * b, lambda a, b: a * b, (0, 1)),
-    "a / b": Operation(lambda a, b: a / b, lambda a, b: a / b, (1,)),
-    "max(a, b)": Operation(lambda a, b: a.maximum(b), larger, (0, 1)),
+    "a + b": Operation(lambda a, b: a + b, lambda a, b: a + b, (), always, 2),
+    "a - b": Operation(lambda a, b: a - b, lambda a, b: a - b, (), always, 2),
+    "a·b": Operation(lambda a, b: a * b, lambda a, b: a * b, (0, 1), always, 2, unless_broadcast),
+    "a / b": Operation(lambda a, b: a / b, lambda a, b: a / b, (1,), always, 2, unless_broadcast),
+    "max(a, b)": Operation(lambda a, b: a.maximum(b), larger, (0, 1), always, 2, unless_broadcast),
+    "a b": Operation(lambda a, b: a @ b, lambda a, b: a @ b, (0, 1), rows, 2, unless_a_vector),
 }
+OPERATIONS = SINGLE | LOSSES | PAIRS
 
 
 def jacobian(plain: Callable[..., Any], inputs: Sequence[Any], k: int) -> Any:
@@ -196,10 +233,8 @@ def applied(operation: Operation, inputs: Sequence[Value], recording: bool) -> V
         return None
     if not slopes:
         return Value(array, False)
-    # an input that is broadcast is read as the copy that was made of it
-    reads = [
-        (inputs[k], inputs[k].version) for k in operation.reads if len(inputs) == 1 or arrays[k].shape == array.shape
-    ]
+    read = (inputs[k] for k in operation.reads if operation.direct(arrays[k].shape, array.shape))
+    reads = [(x, x.version) for x in read]
     return Value(array, True, Step([x for x in inputs if x.slopes], reads), slopes)
 
 
@@ -291,8 +326,10 @@ KINDS = ("value", "accumulate", "train", "look", "look, with a way out", "counte
 
 # --- the machine ---
 
+AVAILABLE = [name for name in BACKENDS if not BACKENDS[name].missing()]
 numbers = st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5])
-which = st.integers(0, 2 * MOST_TENSORS - 1)
+which = st.integers(0, 3) | st.integers(0, MOST_TENSORS - 1)
+programs = st.lists(st.tuples(st.sampled_from(sorted(OPERATIONS)), which, which), min_size=2, max_size=8)
 
 
 def arrays_of(shape: tuple[int, ...]) -> st.SearchStrategy[Any]:
@@ -321,7 +358,8 @@ class Machine(RuleBasedStateMachine):
         kd.use_backend(self.backend)
 
     def pick(self, number: int) -> Pair:
-        return self.pairs[number % len(self.pairs)]
+        """One of the pairs, counted from the youngest, so that small numbers build upon what was just made."""
+        return self.pairs[-1 - number % len(self.pairs)]
 
     def leaves(self) -> list[Pair]:
         return [p for p in self.pairs if p.model.step is None and p.model.needs_grad]
@@ -345,10 +383,16 @@ class Machine(RuleBasedStateMachine):
 
     # --- tensors ---
 
-    @initialize(array=arrays_of((3,)), rows=arrays_of((2, 3)))
-    def two_leaves(self, array: Any, rows: Any) -> None:
-        for values in (array, rows):
+    @initialize(w=arrays_of((3,)), array=arrays_of((3,)), rows=arrays_of((2, 3)), trained=st.booleans())
+    def begin(self, w: Any, array: Any, rows: Any, trained: bool) -> None:
+        """With three leaves, one of which compiled steps of all kinds know, and an optimizer of it or none yet."""
+        for values in (w, array, rows):
             self.keep(kd.Tensor(values, requires_grad=True), Value(values, True))
+        first = self.pairs[0]
+        if trained:
+            self.make_optimizer_of([first], 0.5)
+        trainer = self.trainers[0] if trained else None
+        self.compiled = [compiled(kind, first, trainer) for kind in KINDS if trained or kind != "train"]
 
     @rule(array=some_array, needs_grad=st.booleans())
     def make(self, array: Any, needs_grad: bool) -> None:
@@ -366,27 +410,49 @@ class Machine(RuleBasedStateMachine):
         if len(self.pairs) > 2:
             self.pairs.remove(self.pick(number))
 
-    @rule(number=which, name=st.sampled_from(sorted(SINGLE)))
-    def compute(self, number: int, name: str) -> None:
-        pair, operation = self.pick(number), SINGLE[name]
-        if pair.model.array.ndim in operation.axes:
-            self.apply(operation, pair)
+    @rule(
+        program=programs,
+        number=which,
+        scale=numbers,
+        between=st.sampled_from(["nothing", "a write", "an arena", "a step", "another backend"]),
+        retain=st.booleans(),
+        again=st.booleans(),
+    )
+    def compute_and_go_back(
+        self, program: list[tuple[str, int, int]], number: int, scale: float, between: str, retain: bool, again: bool
+    ) -> None:
+        """From a leaf to a result and back, with something in between that may touch the leaf."""
+        leaves = self.leaves()
+        if not leaves:
+            return
+        leaf = leaves[number % len(leaves)]
+        self.pairs.remove(leaf)
+        self.pairs.append(leaf)
+        self.compute(program)
+        result = self.pairs[-1]
+        self.happen(between, leaf, scale)
+        self.go_back(result, retain, scale, again)
 
-    @rule(number=which, name=st.sampled_from(sorted(LOSSES)))
-    def lose(self, number: int, name: str) -> None:
-        pair = self.pick(number)
-        if pair.model.array.ndim == 2 and pair.model.array.shape[1] == 3:
-            self.apply(LOSSES[name], pair)
+    def happen(self, event: str, leaf: Pair, value: float) -> None:
+        """One of the things that change a leaf, or where and how it is computed with."""
+        if event == "another backend":
+            self.switch_backend(AVAILABLE[int(2 * value) % len(AVAILABLE)])
+        if event == "a write":
+            self.write_into(leaf, value, True)
+        if event == "an arena" and leaf.model.arena is None:
+            self.make_optimizer_of([leaf], 0.0)
+        own = [t for t in self.trainers if leaf.model in t.parameters]
+        if event == "a step" and own:
+            self.step_of(own[-1])
 
-    @rule(a=which, b=which, name=st.sampled_from(sorted(PAIRS)))
-    def combine(self, a: int, b: int, name: str) -> None:
-        self.apply(PAIRS[name], self.pick(a), self.pick(b))
-
-    @rule(a=which, b=which)
-    def multiply(self, a: int, b: int) -> None:
-        left, right = self.pick(a), self.pick(b)
-        if min(left.model.array.ndim, right.model.array.ndim) > 0:
-            self.apply(Operation(lambda a, b: a @ b, lambda a, b: a @ b), left, right)
+    @rule(program=programs)
+    def compute(self, program: list[tuple[str, int, int]]) -> None:
+        """Some operations one after the other, each of any one or two tensors."""
+        for name, *chosen in program:
+            operation = OPERATIONS[name]
+            pairs = [self.pick(number) for number in chosen[: operation.inputs]]
+            if all(operation.takes(p.model.array.shape) for p in pairs):
+                self.apply(operation, *pairs)
 
     def apply(self, operation: Operation, *pairs: Pair) -> None:
         """The result of an operation, or the error that NumPy has too where shapes do not fit."""
@@ -401,31 +467,25 @@ class Machine(RuleBasedStateMachine):
 
     # --- gradients ---
 
-    @rule(number=which, retain=st.booleans(), scale=numbers, again=st.booleans())
-    def backward(self, number: int, retain: bool, scale: float, again: bool) -> None:
-        """Once or twice from one tensor, by a gradient of its shape."""
-        tensor, model = self.pick(number)
+    @rule(number=which, retain=st.booleans(), scale=st.none() | numbers, again=st.booleans())
+    def backward(self, number: int, retain: bool, scale: float | None, again: bool) -> None:
+        """Once or twice from one tensor, by a gradient of its shape, or by none, as of a scalar."""
+        self.go_back(self.pick(number), retain, scale, again)
+
+    def go_back(self, pair: Pair, retain: bool, scale: float | None, again: bool) -> None:
+        tensor, model = pair
+        shape = model.array.shape
+        seed = None if scale is None else scale * np.cos(np.arange(model.array.size)).reshape(shape)
         for _ in range(1 + again):
-            seed = scale * np.cos(np.arange(model.array.size)).reshape(model.array.shape)
-            if model.refuses_backward():
+            if model.needs_grad and seed is None and shape:
+                with pytest.raises(ShapeError):
+                    tensor.backward(retain_graph=retain)
+            elif model.refuses_backward():
                 with pytest.raises(TapeError):
                     tensor.backward(seed, retain_graph=retain)
             else:
                 tensor.backward(seed, retain_graph=retain)
-                model.backward(seed, retain)
-
-    @rule(number=which)
-    def backward_of_a_scalar(self, number: int) -> None:
-        tensor, model = self.pick(number)
-        error = TapeError if not model.needs_grad else ShapeError if model.array.ndim else None
-        if error is None and model.refuses_backward():
-            error = TapeError
-        if error is not None:
-            with pytest.raises(error):
-                tensor.backward()
-        else:
-            tensor.backward()
-            model.backward(np.ones(()))
+                model.backward(np.ones(()) if seed is None else seed, retain)
 
     @rule(number=which)
     def zero_grad(self, number: int) -> None:
@@ -446,7 +506,7 @@ class Machine(RuleBasedStateMachine):
     def go_on_recording(self) -> None:
         self.contexts.pop().close()
 
-    @rule(name=st.sampled_from([n for n in BACKENDS if not BACKENDS[n].missing()]))
+    @rule(name=st.sampled_from(AVAILABLE))
     def switch_backend(self, name: str) -> None:
         kd.use_backend(name)
         self.layout += 1
@@ -455,8 +515,11 @@ class Machine(RuleBasedStateMachine):
 
     @rule(number=which, value=numbers, inside=st.booleans())
     def write(self, number: int, value: float, inside: bool) -> None:
+        self.write_into(self.pick(number), value, inside)
+
+    def write_into(self, pair: Pair, value: float, inside: bool) -> None:
         """Into all elements: allowed where no gradient can be falsified, and noticed by what read the old ones."""
-        tensor, model = self.pick(number)
+        tensor, model = pair
         with ExitStack() as stack:
             if inside:
                 stack.enter_context(kd.no_grad())
@@ -475,7 +538,10 @@ class Machine(RuleBasedStateMachine):
         leaves = self.leaves()
         if not leaves:
             return
-        chosen = [leaves[k % len(leaves)] for k in numbers]
+        self.make_optimizer_of([leaves[k % len(leaves)] for k in numbers], momentum)
+
+    def make_optimizer_of(self, chosen: Sequence[Pair], momentum: float) -> None:
+        """It moves leaves into an arena, unless another has one of them; two optimizers may share one arena."""
         models, tensors = [p.model for p in chosen], [p.tensor for p in chosen]
         arena = models[0].arena
         shared = arena is not None and set(arena) == set(models)
@@ -496,6 +562,9 @@ class Machine(RuleBasedStateMachine):
     def step(self, number: int, lr: float) -> None:
         trainer = self.trainers[number % len(self.trainers)]
         trainer.optimizer.lr = trainer.lr = lr
+        self.step_of(trainer)
+
+    def step_of(self, trainer: Trainer) -> None:
         if not trainer.can_step():
             with pytest.raises(TapeError):
                 trainer.optimizer.step()
@@ -523,11 +592,21 @@ class Machine(RuleBasedStateMachine):
             self.compiled.append(compiled(kind, w, own[-1] if kind == "train" else None))
 
     @precondition(lambda self: self.compiled)
-    @rule(number=which, array=some_array, times=st.integers(1, 3))
-    def call(self, number: int, array: Any, times: int) -> None:
-        """A few times with an array, of which the second time confirms what the first recorded."""
-        for _ in range(times):
-            self.run(self.compiled[number % len(self.compiled)], array, Value(array, False))
+    @rule(
+        number=which,
+        array=some_array,
+        events=st.lists(st.sampled_from(["nothing", "zero_grad", "a write", "an arena", "a step"]), max_size=5),
+        value=numbers,
+    )
+    def call(self, number: int, array: Any, events: list[str], value: float) -> None:
+        """A few times with an array: the second time confirms what the first recorded, the third may replay it."""
+        one = self.compiled[number % len(self.compiled)]
+        for event in ("nothing", *events):
+            self.happen(event, one.w, value)
+            if event == "zero_grad":
+                one.w.tensor.zero_grad()
+                one.w.model.grad = None
+            self.run(one, array, Value(array, False))
 
     @precondition(lambda self: self.compiled)
     @rule(number=which, argument=which, times=st.integers(1, 3))
@@ -605,5 +684,5 @@ class Machine(RuleBasedStateMachine):
 
 @pytest.mark.filterwarnings("ignore:.*look like probabilities")
 def test_tensors_the_tape_and_plans_do_what_a_plain_model_says_in_any_order() -> None:
-    examples = max(50, settings().max_examples)
-    run_state_machine_as_test(Machine, settings=settings(max_examples=examples, stateful_step_count=30))
+    examples = max(60, settings().max_examples)
+    run_state_machine_as_test(Machine, settings=settings(max_examples=examples, stateful_step_count=50))
