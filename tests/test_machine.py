@@ -329,7 +329,9 @@ KINDS = ("value", "accumulate", "train", "look", "look, with a way out", "counte
 AVAILABLE = [name for name in BACKENDS if not BACKENDS[name].missing()]
 numbers = st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5])
 which = st.integers(0, 3) | st.integers(0, MOST_TENSORS - 1)
-programs = st.lists(st.tuples(st.sampled_from(sorted(OPERATIONS)), which, which), min_size=2, max_size=8)
+others = st.lists(st.tuples(st.sampled_from(sorted(OPERATIONS)), which, which), max_size=6)
+first = st.sampled_from(sorted(n for n in OPERATIONS if OPERATIONS[n].reads)) | st.sampled_from(sorted(OPERATIONS))
+programs = st.tuples(first, st.integers(0, 1), which).flatmap(lambda head: others.map(lambda rest: [head, *rest]))
 
 
 def arrays_of(shape: tuple[int, ...]) -> st.SearchStrategy[Any]:
@@ -353,8 +355,7 @@ class Machine(RuleBasedStateMachine):
         self.compiled: list[Compiled] = []
 
     def teardown(self) -> None:
-        while self.contexts:
-            self.contexts.pop().close()
+        self.record_again()
         kd.use_backend(self.backend)
 
     def pick(self, number: int) -> Pair:
@@ -405,33 +406,30 @@ class Machine(RuleBasedStateMachine):
         tensor, model = self.pick(number)
         self.keep(tensor.detach(), Value(model.array, False))
 
-    @rule(number=which)
-    def forget(self, number: int) -> None:
-        if len(self.pairs) > 2:
-            self.pairs.remove(self.pick(number))
-
     @rule(
         program=programs,
         number=which,
         scale=numbers,
         between=st.sampled_from(["nothing", "a write", "an arena", "a step", "another backend"]),
         retain=st.booleans(),
-        again=st.booleans(),
+        ways_back=st.integers(0, 2),
     )
     def compute_and_go_back(
-        self, program: list[tuple[str, int, int]], number: int, scale: float, between: str, retain: bool, again: bool
+        self, program: list[tuple[str, int, int]], number: int, scale: float, between: str, retain: bool, ways_back: int
     ) -> None:
         """From a leaf to a result and back, with something in between that may touch the leaf."""
         leaves = self.leaves()
         if not leaves:
             return
+        if ways_back:
+            self.record_again()
         leaf = leaves[number % len(leaves)]
         self.pairs.remove(leaf)
         self.pairs.append(leaf)
         self.compute(program)
         result = self.pairs[-1]
         self.happen(between, leaf, scale)
-        self.go_back(result, retain, scale, again)
+        self.go_back(result, retain, scale, ways_back)
 
     def happen(self, event: str, leaf: Pair, value: float) -> None:
         """One of the things that change a leaf, or where and how it is computed with."""
@@ -445,7 +443,6 @@ class Machine(RuleBasedStateMachine):
         if event == "a step" and own:
             self.step_of(own[-1])
 
-    @rule(program=programs)
     def compute(self, program: list[tuple[str, int, int]]) -> None:
         """Some operations one after the other, each of any one or two tensors."""
         for name, *chosen in program:
@@ -470,13 +467,13 @@ class Machine(RuleBasedStateMachine):
     @rule(number=which, retain=st.booleans(), scale=st.none() | numbers, again=st.booleans())
     def backward(self, number: int, retain: bool, scale: float | None, again: bool) -> None:
         """Once or twice from one tensor, by a gradient of its shape, or by none, as of a scalar."""
-        self.go_back(self.pick(number), retain, scale, again)
+        self.go_back(self.pick(number), retain, scale, 1 + again)
 
-    def go_back(self, pair: Pair, retain: bool, scale: float | None, again: bool) -> None:
+    def go_back(self, pair: Pair, retain: bool, scale: float | None, times: int) -> None:
         tensor, model = pair
         shape = model.array.shape
         seed = None if scale is None else scale * np.cos(np.arange(model.array.size)).reshape(shape)
-        for _ in range(1 + again):
+        for _ in range(times):
             if model.needs_grad and seed is None and shape:
                 with pytest.raises(ShapeError):
                     tensor.backward(retain_graph=retain)
@@ -503,8 +500,12 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.contexts)
     @rule()
-    def go_on_recording(self) -> None:
+    def leave_the_innermost(self) -> None:
         self.contexts.pop().close()
+
+    def record_again(self) -> None:
+        while self.contexts:
+            self.contexts.pop().close()
 
     @rule(name=st.sampled_from(AVAILABLE))
     def switch_backend(self, name: str) -> None:
@@ -595,11 +596,16 @@ class Machine(RuleBasedStateMachine):
     @rule(
         number=which,
         array=some_array,
-        events=st.lists(st.sampled_from(["nothing", "zero_grad", "a write", "an arena", "a step"]), max_size=5),
+        events=st.lists(
+            st.sampled_from(["nothing", "zero_grad", "a write", "an arena", "a step"]), min_size=1, max_size=6
+        ),
         value=numbers,
+        recorded=st.booleans(),
     )
-    def call(self, number: int, array: Any, events: list[str], value: float) -> None:
+    def call(self, number: int, array: Any, events: list[str], value: float, recorded: bool) -> None:
         """A few times with an array: the second time confirms what the first recorded, the third may replay it."""
+        if recorded:
+            self.record_again()
         one = self.compiled[number % len(self.compiled)]
         for event in ("nothing", *events):
             self.happen(event, one.w, value)
@@ -684,5 +690,5 @@ class Machine(RuleBasedStateMachine):
 
 @pytest.mark.filterwarnings("ignore:.*look like probabilities")
 def test_tensors_the_tape_and_plans_do_what_a_plain_model_says_in_any_order() -> None:
-    examples = max(60, settings().max_examples)
+    examples = max(100, settings().max_examples)
     run_state_machine_as_test(Machine, settings=settings(max_examples=examples, stateful_step_count=50))
