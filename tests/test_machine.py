@@ -410,7 +410,7 @@ class Machine(RuleBasedStateMachine):
         program=programs,
         number=which,
         scale=numbers,
-        between=st.sampled_from(["nothing", "a write", "an arena", "a step", "another backend"]),
+        between=st.sampled_from(["nothing", "a write", "an arena", "a step", "a compiled step", "another backend"]),
         retain=st.booleans(),
         ways_back=st.integers(0, 2),
     )
@@ -440,6 +440,9 @@ class Machine(RuleBasedStateMachine):
         if event == "an arena" and leaf.model.arena is None:
             self.make_optimizer_of([leaf], 0.0)
         own = [t for t in self.trainers if leaf.model in t.parameters]
+        training = [one for one in self.compiled if one.kind == "train" and one.w.model is leaf.model]
+        for _ in range(3 if event == "a compiled step" and training else 0):
+            self.run(training[-1], np.ones(3), Value(np.ones(3), False))
         if event == "a step" and own:
             self.step_of(own[-1])
 
