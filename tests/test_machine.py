@@ -158,7 +158,7 @@ def jacobian(plain: Callable[..., Any], inputs: Sequence[Any], k: int) -> Any:
     """How every element of a function's result changes with every element of its input k, by imaginary steps."""
     columns, tiny = [], 1e-30
     for place in np.ndindex(inputs[k].shape):
-        moved = [x.astype(complex) for x in inputs]
+        moved = [np.array(x, complex) for x in inputs]
         moved[k][place] += tiny * 1j
         columns.append(np.imag(plain(*moved)).ravel() / tiny)
     return np.stack(columns, axis=1)
@@ -633,6 +633,7 @@ class Machine(RuleBasedStateMachine):
         try:
             loss = applied(PRODUCT, [x, one.w.model], is_recording())
         except ValueError:
+            one.calls += 1
             with pytest.raises(ShapeError):
                 one.step(argument)
             return
@@ -673,7 +674,9 @@ class Machine(RuleBasedStateMachine):
         one.calls += 1
         if one.kind != "counted":
             return one.step(argument)
-        look = (x if x.needs_grad else (isinstance(argument, kd.Tensor), x.array.shape), self.layout, is_recording())
+        data = (isinstance(argument, kd.Tensor), x.array.shape)
+        leaves = [(leaf, id(leaf.arena)) for leaf in (x, one.w.model) if leaf.needs_grad]
+        look = (data, *leaves, self.layout, is_recording())
         if look not in one.waiting:
             one.waiting.add(look)
             return one.step(argument)
