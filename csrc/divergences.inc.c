@@ -215,13 +215,13 @@ static void mixed_rows_of(mixed_rows *rows, const row_sums *sums, const divergen
     rows->against = (real)(job->teacher * job->of_p - job->student * job->of_q);
 }
 
-/* log p - log q. At temperatures next to 0 the parts of log_ratio are beyond what real can hold; there it is taken from
- * the scores below the largest. It is infinite only where a class is ruled out. */
+/* log p - log q. Where one side's logits are far from the other's, and at temperatures next to 0, the parts of log_ratio
+ * hold no digit of it; there it is taken from the scores below the largest. It is infinite only where a class is ruled out. */
 INLINE real log_ratio_of(const mixed_rows *rows, int l, real z_s, real z_t, real below_s, real below_t)
 {
     const real exact = log_ratio(&rows->near, l, z_s, z_t), shift = rows->near.shift[l];
     const real plain = fused(below_s - below_t, rows->near.inverse, rows->log_of_sums[l]);
-    const real delta = shift - shift == 0 ? exact : plain;
+    const real delta = REAL(fabs)(shift) < (real)FAR_SHIFT ? exact : plain;
     return delta > REAL_MAX && z_t >= -REAL_MAX ? REAL_MAX / 2 : delta;
 }
 
@@ -450,7 +450,7 @@ static void soft_results(row_results *results, const row_sums *sums, const real 
     if (c > NARROW)
         kl[0] = across(kl);
     for (int64_t l = 0; l < count; l++)
-        results->kl[l] = nearer(results->kl[l], kl[l]);
+        results->kl[l] = nearer(results->kl[l], kl[l], near.shift[l]);
 }
 
 /* --- decoupled by the target --- */

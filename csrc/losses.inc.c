@@ -717,6 +717,9 @@ typedef struct {
     int same_temperature;
 } ALIGNED near_rows;
 
+/* Beyond this, what is left of log p - log q after the shift is no longer known to nine digits. */
+#define FAR_SHIFT 1e6
+
 static void near_rows_of(near_rows *near, const row_sums *sums, const row_results *results, const distillation *d,
                          int64_t count)
 {
@@ -778,12 +781,13 @@ static void add_near(double *kl, const near_rows *near, const row_sums *sums, co
 }
 
 /* KL(q ‖ p), given as a difference of sums and as a sum of terms that do not cancel. The sum is better where KL is small,
- * unless the logits are so large that log p - log q, of which it is made, is lost. */
-static double nearer(double difference, double sum_of_terms)
+ * unless the logits are so large, or one side's are so far from the other's (`shift`), that log p - log q, of which it
+ * is made, is lost. */
+static double nearer(double difference, double sum_of_terms, double shift)
 {
     if (!(difference < FAR_APART))
         return difference;
-    if (sum_of_terms < 2 * FAR_APART)
+    if (fabs(shift) < FAR_SHIFT && sum_of_terms < 2 * FAR_APART)
         return sum_of_terms > 0 ? sum_of_terms : 0;
     return difference > 0 ? difference : 0;
 }
@@ -811,7 +815,7 @@ static void distillation_tile(const distillation *d, double *loss, real *dz, con
         near_rows_of(&near, &sums, &results, d, LANES);
         add_near(kl, &near, &sums, p, q, &z);
         for (int l = 0; l < LANES; l++)
-            results.kl[l] = nearer(results.kl[l], kl[l]);
+            results.kl[l] = nearer(results.kl[l], kl[l], near.shift[l]);
     }
     for (int l = 0; l < LANES; l++)
         loss[l] += d->soft_scale * results.kl[l];
@@ -843,7 +847,7 @@ static double near_kl(const distillation *d, const row_sums *sums, const row_res
     fill(near.shift, LANES, near.shift[0]);
     fill(near.shift_rest, LANES, near.shift_rest[0]);
     add_near(kl, &near, sums, row->p, row->q, z);
-    return nearer(results->kl[0], across(kl));
+    return nearer(results->kl[0], across(kl), near.shift[0]);
 }
 
 /* The loss of one wide row, whose label is y (-1 for none); dz is its gradient, or NULL. */

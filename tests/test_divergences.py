@@ -745,3 +745,18 @@ def test_losses_and_gradients_are_those_of_pytorchs_autograd(name: str, temperat
     loss, gradient = LOSSES[name](student, teacher, **settings)
     np.testing.assert_allclose(loss, rows.detach().numpy(), rtol=1e-10)
     np.testing.assert_allclose(gradient, leaf.grad.numpy(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["c", "numba", "numpy"], indirect=True)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("columns", [2, 150])
+def test_one_side_far_above_the_other_costs_no_digit(backend: str, dtype: Any, columns: int) -> None:
+    """A constant that is added to one side's logits changes no divergence, however large it is."""
+    student = np.full((1, columns), 1e30, dtype)
+    teacher = np.linspace(0, 1, columns, dtype=dtype)[None] - 3
+    flat = np.zeros_like(student)
+    for divergence in (F.reverse_kl, F.jensen_shannon, F.skewed_kl, F.distillation_loss):
+        kwargs = {} if divergence is not F.distillation_loss else {"hard_weight": 0.0, "soft_weight": 1.0}
+        far, near = (divergence(z, teacher, temperature=2.0, **kwargs) for z in (student, flat))
+        assert far == pytest.approx(near, rel=1e-4 if dtype == np.float32 else 1e-9)
+        assert far > 0

@@ -40,6 +40,7 @@ from minikd.ops.losses import LARGEST_TEMPERATURE
 
 SMALLEST_LOG = -745.13  # e to this is the smallest float64 above 0
 FAR_APART = 0.2  # from here on cancellation costs KL(q ‖ p) as a difference of sums less than a millionth
+FAR_SHIFT = 1e6  # beyond this, what is left of log p - log q after the shift is no longer known to nine digits
 TOGETHER = 8  # classes of a tile that are added up in the dtype of the logits
 
 # --- e^δ - 1 - δ ---
@@ -239,15 +240,16 @@ def near_block(p: Any, q: Any, z_s: Any, z_t: Any, i: int, here: Any, tops: Any,
 
 
 @part
-def nearer(difference: float, terms: float) -> float:
+def nearer(difference: float, terms: float, shift: float) -> float:
     """KL(q ‖ p), given as a difference of sums and as a sum of terms that do not cancel.
 
-    The terms are better where KL is small, unless the logits are so large that log p - log q is lost in them.
+    The terms are better where KL is small, unless the logits are so large, or one side's are so far from the other's
+    (`shift`), that log p - log q is lost in them.
     """
     if not difference < FAR_APART:
         return difference
     terms = max(terms, 0.0) if terms == terms else inf
-    return terms if terms < 2 * FAR_APART else max(difference, 0.0)
+    return terms if abs(shift) < FAR_SHIFT and terms < 2 * FAR_APART else max(difference, 0.0)
 
 
 @part
@@ -270,7 +272,7 @@ def near_tile(
             z_s[j, r] = near_term(p[j, r] * lane[0, r], q[j, r] * lane[1, r], delta)
     tile_sum(near_kl, z_s, lane[0])
     for r in range(LANES):
-        kl[r] = nearer(kl[r], near_kl[r])
+        kl[r] = nearer(kl[r], near_kl[r], shift_of(tops[0][r], tops[1][r], logs[r], inverse_s, same)[0])
 
 
 # --- rows ---
@@ -348,7 +350,7 @@ def distill_row(student: Any, teacher: Any, i: int, rows: Any, tops: Any, sums: 
             for first in range(0, p.size, BLOCK):
                 here = first, min(BLOCK, p.size - first)
                 terms += near_block(p, q, student, teacher, i, here, top, near)
-            kl[0] = nearer(kl[0], terms)
+            kl[0] = nearer(kl[0], terms, shift)
     elif hard:
         total_e[0] = 0.0
         for first in range(0, p.size, BLOCK):

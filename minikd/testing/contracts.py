@@ -433,6 +433,7 @@ def _pair_rows() -> dict[str, tuple[Any, Any]]:
         "a class that both rule out (-inf): its gradient is 0, not NaN": (MASKED, MASKED - 0.5),
         "logits of ±1e30": (HUGE, HUGE[::-1].copy()),
         "scores that lie far apart": (np.array([[0.0, 400.0, 800.0]]), np.array([[800.0, 400.0, 0.0]])),
+        "one side far above the other": (np.array([[1e30, 1e30], [1e30, 0.0]]), TEACHER[:, :2]),
         "rows that lie far from one another": (np.array([[3e3, 3001.0], [-3e3, -3001.0]]), TEACHER[:, :2]),
         "a single class": (np.array([[3.0], [-2.0]]), np.array([[1.0], [5.0]])),
         _EQUAL: (PLAIN, PLAIN.copy()),
