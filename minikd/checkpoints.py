@@ -85,7 +85,7 @@ class Checkpoint:
         own = {path: state for path, state in there.items() if state is not None}
         if not own:
             return None
-        self._latest = max(own, key=lambda path: own[path][1].get("step", 0))
+        self._latest = max(own, key=lambda path: _step(own[path][1]))
         return own[self._latest]
 
     def forget(self) -> None:
@@ -166,6 +166,12 @@ def write(
     write_tensors(path, tensors, metadata, durable=durable)
 
 
+def _step(facts: Mapping[str, Any]) -> int:
+    """How far a training was; 0 for one that does not say it in a whole number, which no training takes up."""
+    step = facts.get("step")
+    return step if type(step) is int else 0
+
+
 def read(path: Path, run: str, training: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """What `write` wrote; None if it is of another training."""
     fix = "Delete it: what it held is trained again."
@@ -175,10 +181,10 @@ def read(path: Path, run: str, training: str) -> tuple[dict[str, np.ndarray], di
     except ModelFormatError as error:
         got = f"a damaged one ({error.argument}: {error.got})"
         raise ModelFormatError("checkpoints", str(path), expected="a whole checkpoint", got=got, fix=fix) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFormatError("checkpoints", str(path), expected="a checkpoint", got=str(error), fix=fix) from error
-    if metadata.get("format") != FORMAT or not isinstance(facts, dict):
-        got = f"the format {metadata.get('format')!r}"
+    if metadata.get("format") != FORMAT or not isinstance(facts, dict) or not {"run", "training"} <= metadata.keys():
+        got = f"the format {metadata.get('format')!r} with {', '.join(sorted(metadata)) or 'nothing'}"
         raise ModelFormatError("checkpoints", str(path), expected=f"a file of the format {FORMAT!r}", got=got, fix=fix)
     if metadata["run"] != run:
         fix = "Give the settings and the data that the run began with, or begin it anew with --overwrite."

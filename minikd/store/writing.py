@@ -27,6 +27,7 @@ from minikd.store.lock import NAME as LOCK
 from minikd.store.lock import only_writer
 from minikd.store.manifest import (
     AGAIN,
+    SHARDS,
     Shard,
     Spec,
     finished_shard,
@@ -42,7 +43,6 @@ WHERE = "store.write"
 MOST_ROWS, FEWEST_ROWS = 1 << 14, 1 << 8  # rows of a shard, if nobody says how many
 SHARD_BYTES = 1 << 26  # features, or records, of a shard
 PIECE_BYTES = 1 << 25  # features, or logits, for which a teacher is asked at a time
-SHARDS = "shard-*.logits"
 PENDING = 2  # pieces that wait to be encoded while the teacher answers the next
 
 

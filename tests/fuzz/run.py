@@ -59,7 +59,7 @@ def fuzz(name: str, seconds: int, seed: int, work: Path) -> None:
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     atheris = import_module("atheris")
     with atheris.instrument_imports(include=TRACED):
-        targets, changes = import_module("fuzz.targets"), import_module("fuzz.changes")
+        targets = import_module("fuzz.targets")
     target = targets.TARGETS[name]
     corpus, whole = work / "corpus", work / "whole"
     corpus.mkdir()
@@ -81,10 +81,10 @@ def fuzz(name: str, seconds: int, seed: int, work: Path) -> None:
         return rng.choice(rng.choice(target.changes))(raw, rng)[:most]
 
     limits = [f"-max_total_time={seconds}", f"-max_len={LONGEST}", f"-timeout={SLOWEST}", f"-seed={seed}"]
-    limits += [f"-rss_limit_mb={MOST_MEMORY}", f"-malloc_limit_mb={MOST_MEMORY // 2}", f"-artifact_prefix={told.folder}/"]
-    atheris.Setup([sys.argv[0], *limits, "-print_final_stats=1", str(corpus)], attempt, custom_mutator=change)
+    limits += [f"-rss_limit_mb={MOST_MEMORY}", f"-malloc_limit_mb={MOST_MEMORY // 2}"]
+    limits += [f"-artifact_prefix={told.folder}/", "-print_final_stats=1"]
+    atheris.Setup([sys.argv[0], *limits, str(corpus)], attempt, custom_mutator=change)
     atheris.Fuzz()
-    del changes
 
 
 class Findings:
