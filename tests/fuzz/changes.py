@@ -159,6 +159,8 @@ def changed_message(raw: bytes, rng: random.Random) -> bytes:
     except Exception:  # a class of whichever implementation of protocol buffers is installed
         return rng.choice(PLAIN)(raw, rng)
     fields = list(fields_of(model))
+    if not fields:
+        return rng.choice(PLAIN)(raw, rng)
     for _ in range(rng.choice((1, 1, 2, 3))):
         message, field = rng.choice(fields)
         value = getattr(message, field.name)

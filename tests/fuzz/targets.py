@@ -220,9 +220,7 @@ FACTS: dict[str, Any] = {
 }
 
 
-@cache
 def training() -> Training:
-    """A training that states are put into."""
     x, y = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32), np.arange(12) % 2
     return Training(network(3, 4, 2, dropout=0.1), x, y, epochs=2, batch_size=4, validation=(x, y), patience=2)
 
@@ -235,10 +233,16 @@ def checkpoint_files(folder: Path) -> list[bytes]:
     return [(folder / name).read_bytes() for name in ("begun", "best")]
 
 
+@cache
+def trained() -> Training:
+    """The training that every state is put into."""
+    return training()
+
+
 def read_checkpoint(path: Path) -> None:
     found = Checkpoint(path, run="run", training="one").kept()
     if found is not None:
-        training().restore(*found)
+        trained().restore(*found)
 
 
 def config_files(folder: Path) -> list[bytes]:
