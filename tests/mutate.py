@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 import tomllib
@@ -25,6 +26,7 @@ MUTANTS, KNOWN = ROOT / "mutants", ROOT / "tests" / "mutants_that_live.toml"
 FIRST = "minikd.tape.x_is_recording*"  # a name that matches none or few, with which all are made
 SURVIVED, NO_TEST = (0,), (5, 33)  # mutmut's codes of exit; whatever else a mutant ends with has killed it
 LEAST = 0.9
+SAMPLE_INPUTS = re.compile(r"_(example|labels|probabilities|pairs|masked|extreme)__mutmut")  # which make those of tests
 
 
 def main() -> int:
@@ -34,7 +36,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="those whose name has this in it")
     options = parser.parse_args()
     mutmut("run", "--max-children", "1", FIRST)
-    names = sorted(name for name in codes() if options.only in name)
+    names = sorted(name for name in codes() if options.only in name and not SAMPLE_INPUTS.search(name))
     if options.count:
         names = sorted(random.Random(options.seed).sample(names, min(options.count, len(names))))
     mutmut("run", "--max-children", "1", *names)

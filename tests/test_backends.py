@@ -157,6 +157,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[MinikdError], str]] = {
         ArgumentError,
         "relu: axis must be left out: there are no attributes, got 3.",
     ),
+    "complex numbers as an input": (
+        lambda: kernels.execute(OPS["relu"], [np.ones(2, complex)], {}),
+        DTypeError,
+        "relu: u must be an array of float16, float32, float64 or integers, got complex128. "
+        "Convert it with .astype(float).",
+    ),
     "complex numbers": (
         lambda: as_real("f", "a", np.ones(2, complex)),
         DTypeError,
