@@ -69,7 +69,7 @@ def report(names: Iterable[str]) -> int:
     harmless = 0
     for name in alive:
         change = list(changed_lines(name))
-        reason = next((k["reason"] for k in known if is_of(k, name, change)), None)
+        reason = next((k["reason"] for k in known if is_of(k, name, change)), None) or of_strictness(change)
         harmless += reason is not None
         print(f"\n{name}: {reason or 'SURVIVED'}", *change, sep="\n")
     killed, counted = len(tried) - len(alive), len(tried) - harmless
@@ -88,6 +88,12 @@ def changed_lines(name: str) -> Iterator[str]:
 def is_of(known: dict[str, Any], name: str, change: list[str]) -> bool:
     """Whether a mutant is the known one: of this function, with this line put in."""
     return f".{known['function']}__mutmut" in name.replace("x_", "", 1) and f"+ {known['becomes']}" in change
+
+
+def of_strictness(change: list[str]) -> str:
+    """Why a mutant that only lets `zip` take unequal lengths lives; an empty text for any other."""
+    bare = {re.sub(r", (strict=\w+)?(?=\))", "", line[2:]) for line in change}
+    return "the lengths agree always, which strict says to readers" if len(bare) == 1 else ""
 
 
 if __name__ == "__main__":

@@ -11,7 +11,18 @@ import pytest
 import minikd as kd
 from minikd import kernels
 from minikd.errors import ArgumentError, BackendError, DTypeError, MinikdError, ShapeError
-from minikd.kernels import BACKENDS, as_bytes, as_index, as_real, bind, composed, current_backend, kernel_names, run
+from minikd.kernels import (
+    BACKENDS,
+    as_bytes,
+    as_index,
+    as_real,
+    bind,
+    composed,
+    current_backend,
+    kernel_names,
+    prepare,
+    run,
+)
 from minikd.ops import OPS
 
 TUNED = ("MINIKD_CPU", "MINIKD_NUM_THREADS", "MINIKD_PRODUCTS")
@@ -198,6 +209,13 @@ def test_numbers_become_real_ones_of_the_dtype_that_they_have_or_the_other(kind:
     native = np.dtype(kind).newbyteorder("=")
     assert found.dtype == (native if native in (np.float32, np.float64) else other)
     np.testing.assert_array_equal(found, [1, 1])
+
+
+def test_whole_numbers_beside_float64_keep_all_their_digits() -> None:
+    large = 2**24 + 1  # which float32 does not hold
+    (_, other), real = prepare(OPS["add"], [np.zeros((1, 1)), np.full((1, 1), large)])
+    assert real == other.dtype == np.float64
+    assert other.item() == large
 
 
 def test_a_number_that_int64_does_not_hold_stays_too_large() -> None:
