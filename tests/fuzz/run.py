@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,8 +24,9 @@ TESTS = Path(__file__).resolve().parents[1]
 LONGEST = 8192  # bytes of an input
 MOST_MEMORY = 1024  # MiB of the process, and half of it in one piece
 SLOWEST = 10  # seconds for one input
+FOUND = "found"  # the folder for inputs while it runs
 OWN_CHANGES = 0.5  # of the inputs; libFuzzer makes the others
-# What belongs to no package of the standard library that is slow to trace, and decides what is read.
+# Whose coverage leads: what reads, here and in the libraries below it that are written in Python.
 TRACED = ["minikd", "zipfile", "tomllib", "csv", "numpy.lib.format", "numpy.lib._format_impl"]
 
 
@@ -35,11 +37,11 @@ def main() -> int:
         fuzz(options.target, options.seconds, options.seed, options.inside)
         return 0
     kept = options.findings / options.target
-    kept.mkdir(parents=True, exist_ok=True)
-    before = set(kept.iterdir())
     with tempfile.TemporaryDirectory() as work:
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--inside", work], check=False)
-        found = sorted(set(kept.iterdir()) - before)
+        found = [path.name for path in Path(work).glob(f"{FOUND}/*")]
+        if found:
+            shutil.copytree(Path(work, FOUND), kept, dirs_exist_ok=True)
     print(f"{options.target}: {len(found)} findings" + (f", in {kept}" if found else ""))
     return 1 if found or done.returncode else 0
 
@@ -60,13 +62,15 @@ def fuzz(name: str, seconds: int, seed: int, work: Path) -> None:
     atheris = import_module("atheris")
     with atheris.instrument_imports(include=TRACED):
         targets = import_module("fuzz.targets")
-    target = targets.TARGETS[name]
+    target = targets.TARGETS.get(name)
+    if target is None or target.missing():
+        sys.exit(target.missing() if target else f"no target {name!r}: there are {', '.join(targets.TARGETS)}")
     corpus, whole = work / "corpus", work / "whole"
-    corpus.mkdir()
-    whole.mkdir()
+    for folder in (corpus, whole, work / FOUND):
+        folder.mkdir()
     for k, raw in enumerate(target.seeds(whole)):
         (corpus / str(k)).write_bytes(raw)
-    reader, told = targets.Reader(target, work / "slot"), Findings(arguments().findings / name)
+    reader, told = targets.Reader(target, work / "slot"), Findings(work / FOUND)
 
     def attempt(raw: bytes) -> None:
         try:
@@ -95,8 +99,8 @@ class Findings:
         self._seen: set[tuple[Any, ...]] = set()
 
     def note(self, error: Exception, raw: bytes) -> None:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "/minikd/" in f.filename] or [None]
-        place = "?" if frames[-1] is None else f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "/minikd/" in f.filename]
+        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "elsewhere"
         if (type(error), place) in self._seen:
             return
         self._seen.add((type(error), place))
