@@ -48,8 +48,8 @@ def mutmut(*arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "mutmut", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    if done.returncode and "show" not in arguments and FIRST not in arguments:
-        print(done.stdout[-2000:], done.stderr[-2000:], file=sys.stderr)
+    if any(failure in done.stdout for failure in ("failed to collect stats", "Failed to run clean test")):
+        sys.exit(f"The tests fail on the code as it is:\n{done.stdout[-2000:]}")
     return done.stdout
 
 

@@ -127,7 +127,7 @@ def test_what_the_environment_asks_of_the_c_kernels_is_looked_at_first(
 
 # --- what is refused ---
 
-X, Y = np.ones((2, 3), np.float32), np.empty((2, 3), np.float32)
+X, Y = np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32)
 READ_ONLY = Y.copy()
 READ_ONLY.flags.writeable = False
 REFUSED: dict[str, tuple[Callable[[], Any], type[MinikdError], str]] = {
