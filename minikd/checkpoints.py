@@ -116,7 +116,7 @@ class Checkpoints:
         )
 
     def finish(self, name: str, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-        """Keep a finished model; its training's state may go then."""
+        """Keep a finished model, with its `history` among the facts; its training's state may go then."""
         self._make()
         write(self._path(name), tensors, facts, self._run, name, durable=True)
         self.training(name).forget()
@@ -129,7 +129,11 @@ class Checkpoints:
         ModelFormatError : the file is damaged.  ArgumentError : it is of another run.
         """
         path = self._path(name)
-        return read(path, self._run, name) if path.exists() else None
+        found = read(path, self._run, name) if path.exists() else None
+        if found is not None and not isinstance(found[1].get("history"), list):
+            fix, got = "Delete it: what it held is trained again.", ", ".join(found[1]) or "nothing"
+            raise ModelFormatError("checkpoints", str(path), expected="a model with its history", got=got, fix=fix)
+        return found
 
     def count(self) -> int:
         """Finished models that there are."""

@@ -23,7 +23,7 @@ from fuzz.changes import File, mutants, zipped
 from fuzz.targets import TARGETS, Reader, Target, most_memory
 
 import minikd as kd
-from minikd.checkpoints import Checkpoint
+from minikd.checkpoints import Checkpoint, Checkpoints
 from minikd.data.archive import mapped_npy
 from minikd.errors import DataError, MinikdError, ModelFormatError
 
@@ -208,6 +208,13 @@ def test_of_two_checkpoints_the_one_that_says_its_step_is_taken(tmp_path: Path) 
     kept = Checkpoint(tmp_path / "a.safetensors", training="t").kept()
     assert kept is not None
     assert kept[1] == {"step": 4}
+
+
+def test_a_finished_model_without_its_history_is_refused_in_words(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    kept.finish("one", {}, {"history": 3})
+    with pytest.raises(ModelFormatError, match="must be a model with its history"):
+        kept.finished("one")
 
 
 def test_a_header_of_python_2_is_read_without_a_word(tmp_path: Path) -> None:
