@@ -87,7 +87,7 @@ class Checkpoint:
         own = {path: state for path, state in there.items() if state is not None}
         if not own:
             return None
-        self._latest = max(own, key=lambda path: own[path][1].get("step", 0))
+        self._latest = max(own, key=lambda path: _step(own[path][1]))
         return own[self._latest]
 
     def forget(self) -> None:
@@ -118,7 +118,7 @@ class Checkpoints:
         )
 
     def finish(self, name: str, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-        """Keep a finished model; its training's state may go then."""
+        """Keep a finished model, with its `history` among the facts; its training's state may go then."""
         self._make()
         write(self._path(name), tensors, facts, self._run, name, durable=True)
         self.training(name).forget()
@@ -131,7 +131,11 @@ class Checkpoints:
         ModelFormatError : the file is damaged.  ArgumentError : it is of another run.
         """
         path = self._path(name)
-        return read(path, self._run, name) if path.exists() else None
+        found = read(path, self._run, name) if path.exists() else None
+        if found is not None and not isinstance(found[1].get("history"), list):
+            fix, got = "Delete it: what it held is trained again.", ", ".join(found[1]) or "nothing"
+            raise ModelFormatError("checkpoints", str(path), expected="a model with its history", got=got, fix=fix)
+        return found
 
     def count(self) -> int:
         """Finished models that there are."""
@@ -168,6 +172,12 @@ def write(
     write_tensors(path, tensors, metadata, durable=durable)
 
 
+def _step(facts: Mapping[str, Any]) -> int:
+    """How far a training was; 0 for one that does not say it in a whole number, which no training takes up."""
+    step = facts.get("step")
+    return step if type(step) is int else 0
+
+
 def read(path: Path, run: str, training: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """What `write` wrote; None if it is of another training."""
     fix = "Delete it: what it held is trained again."
@@ -177,10 +187,10 @@ def read(path: Path, run: str, training: str) -> tuple[dict[str, np.ndarray], di
     except ModelFormatError as error:
         got = f"a damaged one ({error.argument}: {error.got})"
         raise ModelFormatError("checkpoints", str(path), expected="a whole checkpoint", got=got, fix=fix) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFormatError("checkpoints", str(path), expected="a checkpoint", got=str(error), fix=fix) from error
-    if metadata.get("format") != FORMAT or not isinstance(facts, dict):
-        got = f"the format {metadata.get('format')!r}"
+    if metadata.get("format") != FORMAT or not isinstance(facts, dict) or not {"run", "training"} <= metadata.keys():
+        got = f"the format {metadata.get('format')!r} with {', '.join(sorted(metadata)) or 'nothing'}"
         raise ModelFormatError("checkpoints", str(path), expected=f"a file of the format {FORMAT!r}", got=got, fix=fix)
     if metadata["run"] != run:
         fix = "Give the settings and the data that the run began with, or begin it anew with --overwrite."

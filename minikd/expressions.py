@@ -44,7 +44,7 @@ def parse(where: str, argument: str, text: str, names: Mapping[str, Callable[...
             case ast.BinOp(left=left, op=ast.Add(), right=right):
                 return value(left) + value(right)
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
-                return value(left) * value(right)
+                return _product(value(left), value(right))
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if name in names:
                 given = {str(k.arg): value(k.value) for k in keywords if k.arg}
                 return names[name](*(value(arg) for arg in args), **given)
@@ -62,8 +62,16 @@ def parse(where: str, argument: str, text: str, names: Mapping[str, Callable[...
         if isinstance(error, ArgumentError):
             raise
         raise refuse(repr(text)) from error
-    except TypeError as error:  # arguments that the callable does not take, or a sum of things that do not add
+    except (TypeError, OverflowError) as error:  # arguments that the callable does not take, things that do not add
         raise refuse(f"{text!r}: {error}") from error
+
+
+def _product(left: Any, right: Any) -> Any:
+    """left·right; TypeError for texts and lists, of which a short expression could make gigabytes."""
+    for factor in (left, right):
+        if isinstance(factor, str | list | tuple):
+            raise TypeError(f"{type(factor).__name__} is no factor")
+    return left * right
 
 
 def spelled(thing: Any) -> str:

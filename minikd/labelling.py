@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
 from minikd import store
 from minikd.data import Dataset, load
+from minikd.data.archive import mapped_npy
 from minikd.errors import DataError, MinikdError
 from minikd.kernels.threads import VARIABLES
 from minikd.report.table import Table, has_rich, show
@@ -107,11 +109,10 @@ def _data_set(options: argparse.Namespace) -> Dataset:
 def _features(path: str) -> np.ndarray:
     """Features alone, mapped into memory."""
     try:
-        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        return mapped_npy(Path(path))
+    except DataError as error:
         fix = "Save one array of numbers by np.save."
-        raise DataError(NAME, path, expected="an array of features", got=str(error), fix=fix) from error
-    return found
+        raise DataError(NAME, path, expected="an array of features", got=error.got, fix=fix) from error
 
 
 @contextmanager

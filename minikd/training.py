@@ -33,6 +33,7 @@ __all__ = ["SAMPLINGS", "Epoch", "Keeper", "StepReport", "Training", "fit", "tra
 
 SECONDS_BETWEEN_REPORTS = 0.1
 SAMPLINGS = ("shuffled", "balanced")
+BEST = {"epoch": int, "accuracy": float, "nll": float}  # what is kept of the best epoch
 ROWS_TO_PREPARE = 8  # that objectives see of the layers' sizes before the training
 
 
@@ -424,12 +425,8 @@ class Training:
         ------
         ArgumentError, ShapeError : it is that of another training.
         """
-        values, counters = self._opt.arena.values, self._counters()
-        own = ("values", "losses", "measured")
-        names = {*own, *(f"counter.{name}" for name in counters)}
-        found = {name for name in tensors if name.startswith("counter.") or name in own}
-        fits = found == names and tensors["values"].shape == values.shape and len(tensors["losses"]) == self.per_epoch
-        if not fits or tensors["values"].dtype != values.dtype:
+        values = self._opt.arena.values
+        if not self._fits(tensors, facts):
             fix = "Take it up with the settings and the data that it was begun with."
             raise ArgumentError("fit", "the state", expected="that of the same training", got="another one", fix=fix)
         prefix = "optimizer."
@@ -439,11 +436,30 @@ class Training:
             p.changed_in_place()
         self._losses[...] = tensors["losses"]
         self._measured = np.array(tensors["measured"])
-        for name, counter in counters.items():
+        for name, counter in self._counters().items():
             counter[...] = tensors[f"counter.{name}"]
-        self.step, self._best = int(facts["step"]), facts["best"]
+        self.step, self._best = facts["step"], facts["best"]
         self._best_values = np.array(tensors["best"]) if self._best is not None else np.empty(0)
-        self.stopped_early, self.history = bool(facts["stopped_early"]), list(facts["history"])
+        self.stopped_early, self.history = facts["stopped_early"], list(facts["history"])
+
+    def _fits(self, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> bool:
+        """Whether a state, which may come from a damaged file, has all that `restore` reads as `state` gives it."""
+        own = {"values": self._opt.arena.values, "losses": self._losses}
+        own |= {f"counter.{name}": counter for name, counter in self._counters().items()}
+        if {name for name in tensors if name.startswith("counter.")} | {"values", "losses"} != set(own):
+            return False
+        best, history, measured = facts.get("best"), facts.get("history"), tensors.get("measured")
+        if best is not None:
+            own["best"] = own["values"]
+            if not isinstance(best, dict) or [type(best.get(name)) for name in BEST] != list(BEST.values()):
+                return False
+        alike = all(n in tensors and (tensors[n].shape, tensors[n].dtype) == (v.shape, v.dtype) for n, v in own.items())
+        if not alike or measured is None or measured.ndim != 1 or measured.dtype != np.int64:
+            return False
+        inside = ((measured >= 0) & (measured < len(self._data[0]))).all()
+        step, told = facts.get("step"), isinstance(history, list) and all(isinstance(row, dict) for row in history)
+        in_time = type(step) is int and 0 <= step <= self.steps
+        return bool(inside and told and in_time and "best" in facts and isinstance(facts.get("stopped_early"), bool))
 
     # --- the guard against NaN ---
 

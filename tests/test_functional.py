@@ -424,6 +424,25 @@ def test_a_label_out_of_range_is_refused_by_row_and_value_before_anything_is_wri
     np.testing.assert_array_equal(out, 7)
 
 
+@pytest.mark.usefixtures("backend")
+def test_a_label_out_of_range_is_refused_in_the_name_of_the_loss() -> None:
+    z = random_logits(1, 2, 3)
+    for name, call in {
+        "cross_entropy": lambda: F.cross_entropy(z, np.array([0, 3])),
+        "distillation_loss": lambda: F.distillation_loss(z, z, np.array([0, 3])),
+        "decoupled_kd": lambda: F.decoupled_kd(z, z, np.array([0, 3])),
+    }.items():
+        with pytest.raises(ArgumentError) as caught:
+            call()
+        assert (caught.value.where, caught.value.argument) == (name, "target[1]")
+
+
+def test_log_probabilities_near_0_keep_their_digits_as_a_target() -> None:
+    log_q, log_p = np.array([[-1e-12, -30.0]]), np.array([[-3e-12, -29.0]])
+    found = F.kl_div(log_p, log_q, log_target=True, reduction="none")
+    np.testing.assert_allclose(found, np.exp(log_q) * (log_q - log_p), rtol=1e-14)
+
+
 def test_a_label_too_large_for_int64_is_refused_and_never_taken_for_an_ignored_one() -> None:
     with pytest.raises(ArgumentError, match=r"target\[1\]"):
         F.cross_entropy(random_logits(1, 2, 3), np.array([0, 2**64 - 100], np.uint64))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 from typing import Any
 
@@ -45,6 +44,7 @@ __all__ = ["load_int8", "save_int8"]
 
 FORMAT, FORMAT_VERSION = "minikd int8", "1"
 _MEAN, _DEVIATION = "normalisation.mean", "normalisation.deviation"
+_LARGEST = float(np.finfo(np.float32).max)
 _WRITTEN = ("input", "product", "output")
 _TENSORS = {"weight": np.int8, "weight_scale": np.float32, "bias": np.int32, "multiplier": np.int32, "shift": np.int32}
 _ENDS = {
@@ -165,7 +165,7 @@ def _affine(where: str, entry: Any, refuse: Any) -> Affine:
     """[scale, zero] as JSON gave it."""
     if isinstance(entry, list) and [type(v) for v in entry] == [float, int]:
         scale, zero = entry
-        if 0 < scale < math.inf and float(np.float32(scale)) == scale and LOWEST <= zero <= HIGHEST:
+        if 0 < scale <= _LARGEST and float(np.float32(scale)) == scale and LOWEST <= zero <= HIGHEST:
             return Affine(scale, zero)
     raise refuse(where, f"[a float32 number above 0, a whole number from {LOWEST} to {HIGHEST}]", entry)
 

@@ -255,7 +255,7 @@ class _Reader:
     def _weights(self, node: Any) -> np.ndarray:
         """The matrix that is a node's second input."""
         weight = self._array(node.input[1]) if node.input[1] in self.tensors else np.empty(0)
-        if weight.ndim != 2:
+        if weight.ndim != 2 or not weight.size:  # one of 0 columns may claim any number of rows
             self.refuse_node(node, "with a constant matrix as its second input", f"{node.op_type} of something else")
         return weight
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import tomllib
 import typing
 from collections.abc import Callable
@@ -36,6 +37,11 @@ def _whole(value: Any) -> bool:
     return type(value) is int
 
 
+def _number(value: Any) -> bool:
+    """Whether a float can hold it, which no whole number of 400 digits is."""
+    return isinstance(value, float) or (_whole(value) and abs(value) <= sys.float_info.max)
+
+
 LAYERS = tuple[int, ...]
 TEACHER = tuple[int, ...] | str
 OUT = "out"  # the one key that is no setting: the folder for the results
@@ -43,7 +49,7 @@ KINDS: dict[Any, Kind] = {
     str: Kind("a text in quotes", lambda v: isinstance(v, str), str, _quoted),
     bool: Kind("true or false", lambda v: isinstance(v, bool), bool, lambda v: str(v).lower()),
     int: Kind("a whole number", _whole, int, str),
-    float: Kind("a number", lambda v: _whole(v) or isinstance(v, float), float, lambda v: repr(float(v))),
+    float: Kind("a number", _number, float, lambda v: repr(float(v))),
     LAYERS: Kind(
         "a list of whole numbers, such as [256, 256]",
         lambda v: isinstance(v, list) and all(_whole(n) for n in v),
@@ -95,7 +101,7 @@ def from_toml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         got = error.strerror or str(error)
         raise DataError("config", str(path), expected="a TOML file that can be read", got=got) from error
-    except ValueError as error:  # tomllib's own error, and that of text that is not UTF-8
+    except (ValueError, RecursionError) as error:  # tomllib's own error, and that of text that is not UTF-8
         fix = 'A line is, for example: temperature = 4.0, or: data = "digits".'
         raise DataError("config", str(path), expected="a file in TOML", got=f"an error: {error}", fix=fix) from error
     kinds = {**setting_types(), OUT: str}

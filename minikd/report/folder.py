@@ -167,7 +167,7 @@ class RunFolder:
             return False
         try:
             return bool(json.loads((self.path / REPORT).read_text("utf-8")).get("complete"))
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             return False
 
     def write_results(self, result: DistillResult) -> None:

@@ -25,6 +25,7 @@ from minikd.store.encoding import MOST_CLASSES, REALS, TEMPERATURES, Encoding
 
 NAME, FORMAT, VERSION = "manifest.json", "minikd store", 1
 FOOTER = 512
+_MOST_KL = 1e300  # a sum of these over all shards is finite, too
 AGAIN = "Label again with overwrite=True (--overwrite), or into another folder."
 
 
@@ -94,6 +95,9 @@ class Shard(NamedTuple):
 
     sha256: str
     error: tuple[tuple[float, float], ...]
+
+
+SHARDS = "shard-*.logits"  # what all names of shards look like
 
 
 def shard_name(number: int) -> str:
@@ -199,7 +203,7 @@ def _is_sha256(value: Any) -> bool:
 
 def _is_pair(value: Any) -> bool:
     numbers = isinstance(value, list) and len(value) == 2 and all(type(v) in (int, float) for v in value)
-    return numbers and all(0 <= v < math.inf for v in value)
+    return numbers and all(0 <= v < _MOST_KL for v in value)
 
 
 def _whole(least: int, most: int = 1 << 62) -> Callable[[Any], bool]:

@@ -21,6 +21,7 @@ from minikd.kernels import as_index
 from minikd.store.manifest import (
     AGAIN,
     FOOTER,
+    SHARDS,
     WORDS,
     Shard,
     Spec,
@@ -45,7 +46,7 @@ def open(path: str | PathLike[str]) -> Store:
     folder = Path(path)
     spec, shards = read_manifest(folder)
     if shards is None:
-        there = sum(shard_path(folder, number).exists() for number in range(min(spec.shards, 1 << 20)))
+        there = sum(1 for _ in folder.glob(SHARDS))
         fix = "Write it again with the same arguments (the same minikd label): it goes on from there."
         raise damaged(folder, "", "a finished store", f"one with {there} of {spec.shards} shards", fix)
     return Store(folder, spec, shards)

@@ -27,6 +27,7 @@ from minikd.locks import only_writer
 from minikd.store.encoding import MOST_CLASSES, REALS, TEMPERATURES
 from minikd.store.manifest import (
     AGAIN,
+    SHARDS,
     Shard,
     Spec,
     finished_shard,
@@ -43,7 +44,6 @@ AT_IT = "Wait until it ends, or end it: what it has done stays, and writing agai
 MOST_ROWS, FEWEST_ROWS = 1 << 14, 1 << 8  # rows of a shard, if nobody says how many
 SHARD_BYTES = 1 << 26  # features, or records, of a shard
 PIECE_BYTES = 1 << 25  # features, or logits, for which a teacher is asked at a time
-SHARDS = "shard-*.logits"
 PENDING = 2  # pieces that wait to be encoded while the teacher answers the next
 
 

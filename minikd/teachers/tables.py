@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from minikd.data.archive import arrays_of, mapped_npy
 from minikd.errors import ArgumentError, DataError, ShapeError
 from minikd.kernels import as_index
 from minikd.mapped import Watched
@@ -127,17 +128,16 @@ def _bad_file(path: Path, got: str, fix: str = "") -> DataError:
 def _npy(path: Path) -> np.ndarray:
     """The array, mapped into memory: only the rows that are asked for are read."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise _bad_file(path, str(error), "Save one array of numbers by np.save.") from error
+        return mapped_npy(path)
+    except DataError as error:
+        raise _bad_file(path, error.got, "Save one array of numbers by np.save.") from error
 
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except Exception as error:  # zipfile and zlib have classes of their own for damaged archives
-        raise _bad_file(path, str(error), "Save plain arrays by np.savez.") from error
+        return arrays_of(path)
+    except DataError as error:
+        raise _bad_file(path, error.got, "Save plain arrays by np.savez.") from error
 
 
 def _csv(path: Path) -> tuple[list[str], np.ndarray]:

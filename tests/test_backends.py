@@ -1,0 +1,226 @@
+"""The choice of a backend, what is said of each, and what is refused before a kernel sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import minikd as kd
+from minikd import kernels
+from minikd.errors import ArgumentError, BackendError, DTypeError, MinikdError, ShapeError
+from minikd.kernels import (
+    BACKENDS,
+    as_bytes,
+    as_index,
+    as_real,
+    bind,
+    composed,
+    current_backend,
+    kernel_names,
+    prepare,
+    run,
+)
+from minikd.ops import OPS
+
+TUNED = ("MINIKD_CPU", "MINIKD_NUM_THREADS", "MINIKD_PRODUCTS")
+
+
+@pytest.fixture
+def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has computed nothing yet, and whose environment asks for nothing."""
+    monkeypatch.setattr(kernels, "_in_use", [])
+    for name in ("MINIKD_BACKEND", *TUNED):
+        monkeypatch.delenv(name, raising=False)
+
+
+# --- what there is ---
+
+
+def test_a_kernel_has_its_operations_name_and_another_where_it_is_differentiable() -> None:
+    names = kernel_names()
+    assert len(set(names)) == len(names)
+    assert set(names) == {*OPS, *(f"{name}_vjp" for name, op in OPS.items() if op.vjp)}
+
+
+def test_what_is_said_of_a_backend_is_whether_it_runs_why_not_and_what_it_takes_from_numpy(backend: str) -> None:
+    found = kd.backends()
+    assert list(found) == list(BACKENDS)
+    assert [name for name, status in found.items() if status.default] == [backend]
+    for name, status in found.items():
+        assert status.reason == BACKENDS[name].missing()
+        assert status.available == (status.reason == "")
+    assert found["numpy"].available
+    assert found["numpy"].fallbacks == ()
+    if backend != "numpy":
+        own = {*__import__(BACKENDS[backend].module, fromlist=["NAMES"]).NAMES, *composed.KERNELS}
+        assert found[backend].fallbacks == tuple(name for name in kernel_names() if name not in own)
+
+
+def test_a_backend_whose_package_is_missing_says_how_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = kernels.Backend("minikd.kernels.jit", "no_such_package", "numba")
+    monkeypatch.setitem(BACKENDS, "numba", absent)
+    reason = "the package no_such_package is not installed: pip install 'minikd[numba]'"
+    assert absent.missing() == reason
+    status = kd.backends()["numba"]
+    assert (status.available, status.reason, status.fallbacks) == (False, reason, ())
+    usable = ", ".join(name for name in BACKENDS if not BACKENDS[name].missing())
+    with pytest.raises(BackendError) as caught:
+        kd.use_backend("numba")
+    assert str(caught.value) == (
+        f"use_backend: name must be a backend that runs here ({usable}), got 'numba'. Reason: {reason}."
+    )
+
+
+def test_an_unknown_backend_is_refused_with_the_names_of_the_known() -> None:
+    with pytest.raises(BackendError) as caught:
+        kd.use_backend("cuda")
+    assert str(caught.value) == "use_backend: name must be one of c, numba, numpy, got 'cuda'."
+
+
+# --- the first choice ---
+
+
+@pytest.mark.usefixtures("nothing_chosen")
+def test_without_a_wish_the_first_that_runs_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert current_backend() == next(name for name in BACKENDS if not BACKENDS[name].missing())
+    monkeypatch.setattr(kernels, "_in_use", [])
+    monkeypatch.setitem(BACKENDS, "c", kernels.Backend("minikd.kernels.native", "no_such_package", ""))
+    monkeypatch.setitem(BACKENDS, "numba", kernels.Backend("minikd.kernels.jit", "no_such_package", ""))
+    assert current_backend() == "numpy"
+
+
+@pytest.mark.usefixtures("nothing_chosen")
+def test_the_environment_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIKD_BACKEND", "numpy")
+    assert current_backend() == "numpy"
+
+
+@pytest.mark.usefixtures("nothing_chosen")
+def test_a_backend_that_the_environment_asks_for_in_vain_is_refused_and_none_is_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MINIKD_BACKEND", "cuda")
+    with pytest.raises(BackendError) as caught:
+        current_backend()
+    assert str(caught.value) == "the environment: MINIKD_BACKEND must be one of c, numba, numpy, got 'cuda'."
+    assert not any(status.default for status in kd.backends().values())
+
+
+@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.usefixtures("nothing_chosen", "c_built")
+def test_what_the_environment_asks_of_the_c_kernels_is_looked_at_first(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setitem(BACKENDS, "c", kernels.Backend("minikd.kernels.native", "no_such_package", ""))
+    monkeypatch.setattr("minikd.kernels.native.heed_environment", lambda: asked.append(name))
+    current_backend()
+    assert asked == []
+    monkeypatch.setattr(kernels, "_in_use", [])
+    monkeypatch.setenv(name, "1")
+    current_backend()
+    assert asked == [name]
+
+
+# --- what is refused ---
+
+X, Y = np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32)
+READ_ONLY = Y.copy()
+READ_ONLY.flags.writeable = False
+REFUSED: dict[str, tuple[Callable[[], Any], type[MinikdError], str]] = {
+    "a buffer too few": (lambda: bind("relu", Y), ShapeError, "relu: buffers must be y, u, got 1 buffers."),
+    "no array": (lambda: bind("relu", Y, None), ShapeError, "relu: u must be an array, got None."),
+    "another dtype": (
+        lambda: bind("relu", Y, X.astype(np.float64)),
+        DTypeError,
+        "relu: u must be an array of float32, got float64.",
+    ),
+    "whole numbers": (
+        lambda: bind("relu", Y.astype(int), X),
+        DTypeError,
+        "relu: y must be an array of float32, got int64.",
+    ),
+    "a result that cannot be written": (
+        lambda: bind("relu", READ_ONLY, X),
+        ShapeError,
+        "relu: y must be writable, got a read-only array.",
+    ),
+    "a gradient that cannot be written": (
+        lambda: bind("relu_vjp", READ_ONLY, X, Y, None),
+        ShapeError,
+        "relu: du must be writable, got a read-only array.",
+    ),
+    "columns": (
+        lambda: bind("relu", Y, np.asfortranarray(X)),
+        ShapeError,
+        "relu: u must be C-contiguous, got strides (4, 8).",
+    ),
+    "an attribute that there is not": (
+        lambda: run("kl_div", Y, X, size=3),
+        ArgumentError,
+        "kl_div: size must be one of the attributes reduction, log_target, got 3.",
+    ),
+    "an attribute where there are none": (
+        lambda: bind("relu", Y, X, axis=3),
+        ArgumentError,
+        "relu: axis must be left out: there are no attributes, got 3.",
+    ),
+    "complex numbers as an input": (
+        lambda: kernels.execute(OPS["relu"], [np.ones(2, complex)], {}),
+        DTypeError,
+        "relu: u must be an array of float16, float32, float64 or integers, got complex128. "
+        "Convert it with .astype(float).",
+    ),
+    "complex numbers": (
+        lambda: as_real("f", "a", np.ones(2, complex)),
+        DTypeError,
+        "f: a must be an array of float16, float32, float64 or integers, got complex128. "
+        "Convert it with .astype(float).",
+    ),
+    "fractions as class ids": (
+        lambda: as_index("f", "a", X),
+        DTypeError,
+        "f: a must be an array of integers, got float32. Class ids are whole numbers; convert them with .astype(int).",
+    ),
+    "numbers as bytes": (
+        lambda: as_bytes("f", "a", [1, 2]),
+        DTypeError,
+        "f: a must be an array of uint8, got int64.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_and_the_message_says_what_and_why(name: str) -> None:
+    call, kind, message = REFUSED[name]
+    with pytest.raises(kind) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.int32, np.uint8, bool, ">f4", ">f8", np.float32, np.float64])
+@pytest.mark.parametrize("other", [np.float32, np.float64])
+def test_numbers_become_real_ones_of_the_dtype_that_they_have_or_the_other(kind: Any, other: Any) -> None:
+    value = np.ones(2, kind)
+    found = as_real("f", "a", value, other)
+    native = np.dtype(kind).newbyteorder("=")
+    assert found.dtype == (native if native in (np.float32, np.float64) else other)
+    np.testing.assert_array_equal(found, [1, 1])
+
+
+def test_whole_numbers_beside_float64_keep_all_their_digits() -> None:
+    large = 2**24 + 1  # which float32 does not hold
+    (_, other), real = prepare(OPS["add"], [np.zeros((1, 1)), np.full((1, 1), large)])
+    assert real == other.dtype == np.float64
+    assert other.item() == large
+
+
+def test_a_number_that_int64_does_not_hold_stays_too_large() -> None:
+    most = np.iinfo(np.int64).max
+    found = as_index("f", "a", np.array([0, 5, 2**63, 2**64 - 1], np.uint64))
+    assert found.dtype == np.int64
+    assert found.tolist() == [0, 5, most, most]
+    assert as_index("f", "a", np.array([-3, 4], np.int8)).tolist() == [-3, 4]
