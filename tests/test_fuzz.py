@@ -139,6 +139,16 @@ ONCE: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
         lambda raw: npy("{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999, 2)}"),
     ),
     "a .npy file of a negative size": ("table-npy", lambda raw: npy(NEGATIVE, bytes(16))),
+    "a .npy file of a size that is True": (
+        "table-npy",
+        lambda raw: npy("{'descr': '<f4', 'fortran_order': False, 'shape': (True, 3)}", bytes(12)),
+    ),
+    "an array of an archive of a size that is True": (
+        "table-npz",
+        lambda raw: zipped(
+            [("logits.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (True,)}", bytes(4)))]
+        ),
+    ),
     "an archive that is packed as LZMA": ("npz", packed(zipfile.ZIP_LZMA)),
     "an archive that is packed as bzip2": ("table-npz", packed(zipfile.ZIP_BZIP2)),
     "half an archive": ("table-npz", lambda raw: raw[:-30]),
