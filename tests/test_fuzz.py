@@ -209,6 +209,16 @@ def test_a_store_of_a_trillion_shards_that_is_not_finished_is_refused_at_once(tm
         target.read(tmp_path / target.file)
 
 
+def test_a_store_of_signalling_nans_is_read_without_a_warning_and_refused_as_a_teacher(tmp_path: Path) -> None:
+    target = TARGETS["shard"]
+    (tmp_path / "whole").mkdir()
+    records = target.seeds(tmp_path / "whole")[0]
+    read = Reader(target, tmp_path / "store")
+    read(b"\x01\x00\x80\x7f" + records[4:])  # the first record's tail
+    with pytest.raises(MinikdError, match="a largest score that is a finite number"):
+        kd.as_teacher(tmp_path / "store").logits(None, np.arange(8))
+
+
 def test_of_two_checkpoints_the_one_that_says_its_step_is_taken(tmp_path: Path) -> None:
     keeper = Checkpoint(tmp_path / "a.safetensors", training="t")
     keeper.keep({}, {"step": 4})
