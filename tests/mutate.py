@@ -70,7 +70,7 @@ def report(names: Iterable[str]) -> int:
     for name in alive:
         change = list(changed_lines(name))
         reason = next((k["reason"] for k in known if is_of(k, name, change)), None) or of_strictness(change)
-        harmless += reason is not None
+        harmless += bool(reason)
         print(f"\n{name}: {reason or 'SURVIVED'}", *change, sep="\n")
     killed, counted = len(tried) - len(alive), len(tried) - harmless
     print(f"\n{len(tried)} tried: {killed} killed, {len(alive)} alive, of which {harmless} make no difference")

@@ -153,6 +153,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[MinikdError], str]] = {
         ShapeError,
         "relu: du must be writable, got a read-only array.",
     ),
+    "an update that cannot be written": (
+        lambda: bind("sgd_step", READ_ONLY[0], None, X[0], np.float64(1)),
+        ShapeError,
+        "sgd_step: w must be writable, got a read-only array.",
+    ),
     "columns": (
         lambda: bind("relu", Y, np.asfortranarray(X)),
         ShapeError,
@@ -172,6 +177,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[MinikdError], str]] = {
         lambda: kernels.execute(OPS["relu"], [np.ones(2, complex)], {}),
         DTypeError,
         "relu: u must be an array of float16, float32, float64 or integers, got complex128. "
+        "Convert it with .astype(float).",
+    ),
+    "complex numbers where no gradient is taken": (
+        lambda: kernels.execute(OPS["argmax"], [np.ones((1, 2), complex)], {}),
+        DTypeError,
+        "argmax: x must be an array of float16, float32, float64 or integers, got complex128. "
         "Convert it with .astype(float).",
     ),
     "complex numbers": (
@@ -199,6 +210,14 @@ def test_it_is_refused_and_the_message_says_what_and_why(name: str) -> None:
     with pytest.raises(kind) as caught:
         call()
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "standardised_kl", "distillation_loss"])
+def test_a_temperature_of_0_is_refused_by_a_kernel_in_its_own_name(name: str, backend: str) -> None:
+    weights = [np.float64(1)] * 2 if name == "distillation_loss" else []
+    target = [None] if name == "distillation_loss" else []
+    with pytest.raises(ArgumentError, match=f"^{name}: temperature must be a finite number above 0"):
+        kernels.execute(OPS[name], [X, X, *target, np.float64(0), *weights], {})
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.int32, np.uint8, bool, ">f4", ">f8", np.float32, np.float64])

@@ -139,6 +139,16 @@ ONCE: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
         lambda raw: npy("{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999, 2)}"),
     ),
     "a .npy file of a negative size": ("table-npy", lambda raw: npy(NEGATIVE, bytes(16))),
+    "a .npy file of a size that is True": (
+        "table-npy",
+        lambda raw: npy("{'descr': '<f4', 'fortran_order': False, 'shape': (True, 3)}", bytes(12)),
+    ),
+    "an array of an archive of a size that is True": (
+        "table-npz",
+        lambda raw: zipped(
+            [("logits.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (True,)}", bytes(4)))]
+        ),
+    ),
     "an archive that is packed as LZMA": ("npz", packed(zipfile.ZIP_LZMA)),
     "an archive that is packed as bzip2": ("table-npz", packed(zipfile.ZIP_BZIP2)),
     "half an archive": ("table-npz", lambda raw: raw[:-30]),
@@ -197,6 +207,16 @@ def test_a_store_of_a_trillion_shards_that_is_not_finished_is_refused_at_once(tm
     (tmp_path / target.file).write_text(json.dumps(content))
     with pytest.raises(DataError, match=f"one with 2 of {1 << 40} shards"):
         target.read(tmp_path / target.file)
+
+
+def test_a_store_of_signalling_nans_is_read_without_a_warning_and_refused_as_a_teacher(tmp_path: Path) -> None:
+    target = TARGETS["shard"]
+    (tmp_path / "whole").mkdir()
+    records = target.seeds(tmp_path / "whole")[0]
+    read = Reader(target, tmp_path / "store")
+    read(b"\x01\x00\x80\x7f" + records[4:])  # the first record's tail
+    with pytest.raises(MinikdError, match="a largest score that is a finite number"):
+        kd.as_teacher(tmp_path / "store").logits(None, np.arange(8))
 
 
 def test_of_two_checkpoints_the_one_that_says_its_step_is_taken(tmp_path: Path) -> None:

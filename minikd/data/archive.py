@@ -41,8 +41,10 @@ def _header(stream: BinaryIO, size: int, name: str) -> tuple[tuple[int, ...], bo
             got="Python objects, which could run code when unpickled and are never loaded",
             fix="Save it with a plain dtype, such as np.asarray(names, dtype=str).",
         )
+    if any(type(length) is not int or length < 0 for length in shape):  # NumPy's parser lets True pass
+        raise DataError("data.load", name, expected="of a shape of whole numbers from 0", got=str(shape))
     expected, found = math.prod(shape) * dtype.itemsize, size - stream.tell()
-    if expected != found or any(length < 0 for length in shape):
+    if expected != found:
         raise DataError("data.load", name, expected=f"{expected} bytes, as its header says", got=f"{found} bytes")
     return shape, fortran_order, dtype
 

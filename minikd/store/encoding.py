@@ -66,12 +66,13 @@ class Encoding:
 
     def decode(self, records: np.ndarray) -> np.ndarray:
         """Logits float32 (n, c) of n records."""
-        if not self.top_k:
-            return np.ascontiguousarray(records["logits"], np.float32)
-        rest = records["tail"] - np.float32(np.log(self.classes - self.top_k))
-        logits = np.repeat(rest[:, None], self.classes, axis=1)
-        np.put_along_axis(logits, records["classes"].astype(np.int64), records["logits"].astype(np.float32), axis=1)
-        return logits
+        with np.errstate(invalid="ignore"):  # NaN, which no teacher may give, is refused where one is asked
+            if not self.top_k:
+                return np.ascontiguousarray(records["logits"], np.float32)
+            rest = records["tail"] - np.float32(np.log(self.classes - self.top_k))
+            logits = np.repeat(rest[:, None], self.classes, axis=1)
+            np.put_along_axis(logits, records["classes"].astype(np.int64), records["logits"].astype(np.float32), axis=1)
+            return logits
 
     def error(self, logits: np.ndarray, records: np.ndarray) -> np.ndarray:
         """KL(teacher ‖ stored) of each row at each of TEMPERATURES: float64 (2, n), computed in float64."""
