@@ -243,3 +243,8 @@ def test_a_number_that_int64_does_not_hold_stays_too_large() -> None:
     assert found.dtype == np.int64
     assert found.tolist() == [0, 5, most, most]
     assert as_index("f", "a", np.array([-3, 4], np.int8)).tolist() == [-3, 4]
+
+
+def test_an_input_that_holds_no_numbers_is_refused_by_its_name_in_the_operation() -> None:
+    with pytest.raises(DTypeError, match=r"^add: b must be"):
+        prepare(OPS["add"], [np.zeros((1, 1)), np.array([["text"]])])
