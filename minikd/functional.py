@@ -535,9 +535,14 @@ def _with_soft_target(
         label_smoothing=smoothing,
     )
     if not isinstance(soft, tuple):
-        return hard * hard_weight + soft
+        return _weighed(hard, hard_weight) + soft
     soft[1][...] += hard_weight * hard[1]
-    return hard_weight * hard[0] + soft[0], soft[1]
+    return _weighed(hard[0], hard_weight) + soft[0], soft[1]
+
+
+def _weighed(loss: Any, weight: Any) -> Any:
+    """A loss times its weight in the loss's dtype; NumPy 1 would make float64 of a float32 number and a Python one."""
+    return loss * (loss.dtype.type(weight) if isinstance(loss, np.generic) else weight)
 
 
 class Projection(NamedTuple):
