@@ -526,7 +526,8 @@ def _values(dtype: Any, names: Sequence[str], awkward: Sequence[float]) -> st.Se
     return shapes.flatmap(of)
 
 
-_AWKWARD = (0.0, -0.0, 1e-30, -1e-30, 12.0, -12.0, 40.0, -40.0, 1e4, -1e4)
+_TINY = 2.0**-100  # which float32 holds, too
+_AWKWARD = (0.0, -0.0, _TINY, -_TINY, 12.0, -12.0, 40.0, -40.0, 1e4, -1e4)
 
 
 def _elementwise(kernel: str, takes: tuple[str, ...], gives: str, *mistakes: Mistake) -> Contract:
