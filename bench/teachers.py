@@ -93,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
         ready = time.monotonic()
         result = kd.distill(teacher, how.pop("student"), how.pop("data"), **how)
         seconds = {"teacher": round(ready - began, 1), "distillation": round(time.monotonic() - ready, 1)}
+        result.report["settings"]["teacher"] = Path(str(teacher)).name  # wherever the file lies here
         report["runs"][name] = {"report": result.report, "seconds": seconds}
         print(f"{name}: {seconds['distillation']} s", file=sys.stderr, flush=True)
         write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
