@@ -208,6 +208,7 @@ def test_runs_that_are_killed_at_random_moments_end_with_the_same_bytes(tmp_path
             kills += status == -signal.SIGKILL
         assert status == 0 or "one that is complete" in said, said
         assert_same_run(killed, whole)
+        seconds *= 0.9  # it came to its end before it was killed: the moments were too late
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
