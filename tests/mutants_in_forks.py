@@ -47,7 +47,9 @@ class Trials:
         known = json.loads((results / "mutmut-stats.json").read_text("utf-8"))
         self.seconds: dict[str, float] = known["duration_by_test"]
         self.reaching: dict[str, list[str]] = known["tests_by_mangled_function_name"]
-        self.running: dict[int, str] = {}
+        self.running: dict[int, tuple[str, int]] = {}  # by process: its mutant, and where it tells the test that failed
+        self.kills: dict[str, Counter[str]] = {}  # by function: which tests killed how many of its mutants
+        self.tell = -1  # in a forked process: where to
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
         """Try all mutants instead of running the tests once."""
@@ -61,8 +63,9 @@ class Trials:
         for name in self.names:
             if len(self.running) == self.jobs:
                 self.finish_one()
-            if self.tests_of(name):
-                self.start(name)
+            tests = self.tests_of(name)
+            if tests:
+                self.start(name, tests)
             else:
                 self.note(name, NO_TEST)
         while self.running:
@@ -72,36 +75,41 @@ class Trials:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """The first test that fails ends its process."""
         if report.failed:
+            os.write(self.tell, report.nodeid.encode())
             os._exit(KILLED)
 
     def expect(self, name: str, wanted: int, otherwise: str) -> None:
-        self.start(name)
+        self.start(name, self.tests_of(name))
         if self.finish_one() != wanted:
             pytest.exit(otherwise, returncode=pytest.ExitCode.TESTS_FAILED)
 
     def tests_of(self, name: str) -> list[str]:
         """The tests that reach a mutant's function (all that reach any, where it is no mutant).
 
-        First comes one case of each test, the fastest first, then another of each and so on.
+        First come those that killed other mutants of this function, then one case of each test, the fastest first, then
+        another of each and so on.
         """
-        functions = {mutant.partition("__mutmut_")[0] for mutant in (self.names if name in (NONE, FAIL) else [name])}
+        functions = {function_of(mutant) for mutant in (self.names if name in (NONE, FAIL) else [name])}
         reaching = {test for function in functions for test in self.reaching.get(function, ())}
         place: dict[str, int] = {}
         cases: Counter[str] = Counter()
         for test in sorted(reaching & self.items.keys(), key=lambda test: zlib.crc32(test.encode())):
             place[test] = cases[test.partition("[")[0]]
             cases[test.partition("[")[0]] += 1
+        kills = self.kills.get(function_of(name), Counter())
         few = [test for test, k in place.items() if k < QUICK_CASES and self.seconds[test] < QUICK_SECONDS]
-        return sorted(few if self.quick else place, key=lambda test: (place[test], self.seconds[test]))
+        return sorted(few if self.quick else place, key=lambda test: (-kills[test], place[test], self.seconds[test]))
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, tests: Sequence[str]) -> None:
         """Run the tests of a mutant in a process of its own."""
-        tests = self.tests_of(name)
+        read, write = os.pipe()
         pid = os.fork()
         if pid:
-            self.running[pid] = name
+            os.close(write)
+            self.running[pid] = name, read
             return
         try:
+            self.tell = write
             self.plugins.unregister(name="terminalreporter")
             set_mutant_under_test(name)
             self.limit(2 * (sum(self.seconds[test] for test in tests) + SECONDS_MORE))
@@ -119,7 +127,9 @@ class Trials:
     def finish_one(self) -> int:
         """Wait for the next process to end and note what became of its mutant."""
         pid, status = os.wait()
-        name, code = self.running.pop(pid), os.waitstatus_to_exitcode(status)
+        (name, read), code = self.running.pop(pid), os.waitstatus_to_exitcode(status)
+        with os.fdopen(read, "rb") as told:
+            self.kills.setdefault(function_of(name), Counter()).update(told.read().decode().splitlines())
         if name not in (NONE, FAIL):
             self.note(name, code)
         return code
@@ -131,3 +141,7 @@ class Trials:
         new = path.with_suffix(".new")
         new.write_text(json.dumps(told, indent=4), "utf-8")
         new.replace(path)
+
+
+def function_of(mutant: str) -> str:
+    return mutant.partition("__mutmut_")[0]
