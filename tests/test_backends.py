@@ -60,7 +60,7 @@ def test_what_is_said_of_a_backend_is_whether_it_runs_why_not_and_what_it_takes_
 
 
 def test_a_backend_whose_package_is_missing_says_how_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = kernels.Backend("minikd.kernels.jit", "no_such_package", "numba")
+    absent = kernels.Backend("minikd.kernels.no_such_module", "no_such_package", "numba")  # which is not imported
     monkeypatch.setitem(BACKENDS, "numba", absent)
     reason = "the package no_such_package is not installed: pip install 'minikd[numba]'"
     assert absent.missing() == reason
@@ -153,6 +153,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[MinikdError], str]] = {
         ShapeError,
         "relu: du must be writable, got a read-only array.",
     ),
+    "a saved value that cannot be written": (
+        lambda: bind("kl_div", np.zeros((), np.float32), READ_ONLY, X, X),
+        ShapeError,
+        "kl_div: gradient must be writable, got a read-only array.",
+    ),
     "an update that cannot be written": (
         lambda: bind("sgd_step", READ_ONLY[0], None, X[0], np.float64(1)),
         ShapeError,
@@ -243,6 +248,11 @@ def test_a_number_that_int64_does_not_hold_stays_too_large() -> None:
     assert found.dtype == np.int64
     assert found.tolist() == [0, 5, most, most]
     assert as_index("f", "a", np.array([-3, 4], np.int8)).tolist() == [-3, 4]
+
+
+def test_class_ids_of_the_right_kind_are_taken_as_they_are() -> None:
+    ids = np.array([0, 2**60 + 1])
+    assert as_index("f", "a", ids) is ids
 
 
 def test_an_input_that_holds_no_numbers_is_refused_by_its_name_in_the_operation() -> None:
