@@ -92,6 +92,13 @@ def test_without_a_wish_the_first_that_runs_is_chosen(monkeypatch: pytest.Monkey
     assert current_backend() == "numpy"
 
 
+@pytest.mark.parametrize("ask", [kernels.in_use, lambda: kernels.execute(OPS["relu"], [np.ones(2)], {})])
+@pytest.mark.usefixtures("nothing_chosen")
+def test_whatever_is_asked_first_chooses(ask: Callable[[], Any]) -> None:
+    ask()
+    assert kernels.in_use().name == current_backend() == next(name for name in BACKENDS if not BACKENDS[name].missing())
+
+
 @pytest.mark.usefixtures("nothing_chosen")
 def test_the_environment_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIKD_BACKEND", "numpy")
@@ -248,6 +255,29 @@ def test_a_number_that_int64_does_not_hold_stays_too_large() -> None:
     assert found.dtype == np.int64
     assert found.tolist() == [0, 5, most, most]
     assert as_index("f", "a", np.array([-3, 4], np.int8)).tolist() == [-3, 4]
+
+
+def test_an_operation_saves_for_backward_unless_it_is_told_not_to() -> None:
+    inputs = [X, np.array([0, 1]), None]
+    assert kernels.execute(OPS["cross_entropy"], inputs, {})[1][0].shape == X.shape
+    assert kernels.evaluate(OPS["cross_entropy"], inputs, {})[1][0].shape == X.shape
+    assert kernels.execute(OPS["cross_entropy"], inputs, {}, save=False)[1] == [None]
+
+
+@pytest.mark.parametrize("real", [None, np.dtype(np.float32)])
+def test_inputs_that_look_like_those_before_are_not_prepared_again(real: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.ones((7, 3), np.float32)
+    kernels.execute(OPS["relu"], [x], {}, real=real)
+    monkeypatch.setattr(kernels, "prepare", None)
+    monkeypatch.setattr(kernels, "_learn", None)
+    assert kernels.execute(OPS["relu"], [-x], {}, real=real)[0][0].tolist() == np.zeros((7, 3)).tolist()
+
+
+def test_inputs_that_become_what_those_before_became_are_not_learned_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.ones((7, 4), int)
+    kernels.execute(OPS["relu"], [x], {})
+    monkeypatch.setattr(kernels, "_learn", None)
+    assert kernels.execute(OPS["relu"], [-x], {})[0][0].tolist() == np.zeros((7, 4)).tolist()
 
 
 def test_class_ids_of_the_right_kind_are_taken_as_they_are() -> None:
