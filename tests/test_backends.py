@@ -280,6 +280,16 @@ def test_inputs_that_become_what_those_before_became_are_not_learned_again(monke
     assert kernels.execute(OPS["relu"], [-x], {})[0][0].tolist() == np.zeros((7, 4)).tolist()
 
 
+def test_neighbours_become_one_call_where_the_backend_can_run_them_as_one(backend: str) -> None:
+    x = np.array([-1.0, 2.0])
+    y, z = np.empty(2), np.empty(2)
+    calls = kernels.join([bind("scale", y, x, np.float64(2)), bind("scale", z, y, np.float64(3))])
+    assert len(calls) == (1 if backend == "c" else 2)
+    for call in calls:
+        call()
+    assert z.tolist() == [-6, 12]
+
+
 def test_class_ids_of_the_right_kind_are_taken_as_they_are() -> None:
     ids = np.array([0, 2**60 + 1])
     assert as_index("f", "a", ids) is ids
