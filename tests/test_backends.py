@@ -249,6 +249,14 @@ def test_whole_numbers_beside_float64_keep_all_their_digits() -> None:
     assert other.item() == large
 
 
+@pytest.mark.parametrize("number", [3, np.float32(3), np.array(3), 3.0])
+def test_a_scalar_is_a_float_or_becomes_an_array_of_float64(number: Any) -> None:
+    (_, factor), _ = prepare(OPS["scale"], [X, number])
+    assert factor == 3
+    assert type(factor) is float or (factor.dtype == np.float64 and factor.shape == ())
+    assert prepare(OPS["scale"], [3.0, number])[0][0].dtype == np.float64  # a number where an array belongs becomes one
+
+
 def test_a_number_that_int64_does_not_hold_stays_too_large() -> None:
     most = np.iinfo(np.int64).max
     found = as_index("f", "a", np.array([0, 5, 2**63, 2**64 - 1], np.uint64))

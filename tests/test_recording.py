@@ -188,6 +188,7 @@ CONVERTED: dict[str, Use] = {
     "cross_entropy: logits converted from int32 to float32": lambda s, x, y: F.cross_entropy(s.ids[None, :3], y[:1]),
     "cross_entropy: target converted from int32 to int64": lambda s, x, y: F.cross_entropy(x, s.ids[:5]),
     "linear: w converted from float64 to float32": lambda s, x, y: F.linear(x, s.table[:8].reshape(2, 4)),
+    "linear: w converted from int32 to float32": lambda s, x, y: F.linear(x, s.ids[:8].reshape(2, 4)),
     "add: operand converted from int32 to float32": lambda s, x, y: kd.Tensor(x) + s.ids[:4],
 }
 
