@@ -71,7 +71,7 @@ def try_out(names: Sequence[str], jobs: int, quick: bool) -> None:
     from mutants_in_forks import Trials
 
     told = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["mutmut"]
-    options = ["--rootdir=.", "-p", "no:faulthandler", *told["pytest_add_cli_args"]]
+    options = ["--rootdir=.", "--tb=native", "-p", "no:faulthandler", *told["pytest_add_cli_args"]]
     options += told["pytest_add_cli_args_test_selection"]
     with chdir(MUTANTS):
         if pytest.main(options, plugins=[Trials(names, MUTANTS, jobs, quick)]) != pytest.ExitCode.OK:
