@@ -105,7 +105,7 @@ def _cross_entropy(
     divisor = labelled.sum()
     if weight is not None:
         y = y * wide(xp, weight)
-        divisor = wide(xp, weight)[xp.where(labelled, target, 0)][labelled].sum()
+        divisor = wide(xp, weight)[target[labelled]].sum()
     rows, dz = cross_entropy_rows(xp, logits, y)
     reduce_rows(xp, loss, xp.where(labelled, rows, 0.0), divisor, reduction)
     if gradient is not None:
