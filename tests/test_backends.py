@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -224,12 +226,30 @@ def test_it_is_refused_and_the_message_says_what_and_why(name: str) -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "standardised_kl", "distillation_loss"])
+BEFORE_AND_BEHIND_THE_TEMPERATURE: dict[str, tuple[list[Any], int]] = {
+    "reverse_kl": ([], 0),
+    "jensen_shannon": ([], 1),
+    "skewed_kl": ([], 1),
+    "standardised_kl": ([], 0),
+    "decoupled_kd": ([np.array([0, 1])], 2),
+    "distillation_loss": ([None], 2),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_AND_BEHIND_THE_TEMPERATURE)
 def test_a_temperature_of_0_is_refused_by_a_kernel_in_its_own_name(name: str, backend: str) -> None:
-    weights = [np.float64(1)] * 2 if name == "distillation_loss" else []
-    target = [None] if name == "distillation_loss" else []
+    target, weights = BEFORE_AND_BEHIND_THE_TEMPERATURE[name]
     with pytest.raises(ArgumentError, match=f"^{name}: temperature must be a finite number above 0"):
-        kernels.execute(OPS[name], [X, X, *target, np.float64(0), *weights], {})
+        kernels.execute(OPS[name], [X, X, *target, np.float64(0), *[np.float64(0.5)] * weights], {})
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "decoupled_kd", "distillation_loss"])
+def test_a_label_that_there_is_not_is_refused_by_a_kernel_in_its_own_name(name: str, backend: str) -> None:
+    target, behind = np.array([0, 3]), [None] if name == "cross_entropy" else [np.float64(1)] * 3
+    scores = [X] if name == "cross_entropy" else [X, X]
+    with pytest.raises(MinikdError, match=f"^{name}: ") as caught:
+        kernels.execute(OPS[name], [*scores, target, *behind], {})
+    assert "3" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.int32, np.uint8, bool, ">f4", ">f8", np.float32, np.float64])
@@ -270,6 +290,31 @@ def test_an_operation_saves_for_backward_unless_it_is_told_not_to() -> None:
     assert kernels.execute(OPS["cross_entropy"], inputs, {})[1][0].shape == X.shape
     assert kernels.evaluate(OPS["cross_entropy"], inputs, {})[1][0].shape == X.shape
     assert kernels.execute(OPS["cross_entropy"], inputs, {}, save=False)[1] == [None]
+
+
+def test_buffers_that_look_like_those_before_are_launched_as_those(backend: str) -> None:
+    first = kernels.in_use().launch("relu", (np.empty((7, 5)), np.ones((7, 5))), {})
+    assert kernels.in_use().launch("relu", (np.empty((7, 5)), np.zeros((7, 5))), {}) is first
+    assert kernels.in_use().launch("relu", (np.empty((5, 7)), np.zeros((5, 7))), {}) is not first
+
+
+def test_a_kernels_launcher_is_made_once(backend: str) -> None:
+    for name in ("relu", "scale", "cross_entropy"):
+        assert kernels.in_use().launcher(name) is kernels.in_use().launcher(name)
+
+
+def test_a_backend_needs_no_more_than_binders(monkeypatch: pytest.MonkeyPatch) -> None:
+    def binder(name: str) -> Callable[..., Callable[[], None]]:
+        return lambda *buffers, **attrs: lambda: np.copyto(buffers[0], {"relu": 7, "neg": 8}[name])
+
+    simple = SimpleNamespace(NAMES={"relu", "neg"}, binder=binder)
+    monkeypatch.setitem(sys.modules, "minikd.kernels.simple", simple)
+    monkeypatch.setitem(BACKENDS, "simple", kernels.Backend("minikd.kernels.simple", "", ""))
+    used = kernels._InUse("simple")
+    y = np.empty(2)
+    for name, wanted in (("relu", 7), ("neg", 8), ("exp", 1)):  # the last from the reference
+        used.run(name, y, np.zeros(2))
+        assert y.tolist() == [wanted, wanted]
 
 
 @pytest.mark.parametrize("real", [None, np.dtype(np.float32)])
