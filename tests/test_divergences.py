@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import minikd as kd
 from minikd import functional as F
 from minikd.errors import ArgumentError, DTypeError, MinikdError, ShapeError
-from minikd.kernels import native
+from minikd.kernels import execute, native
 from minikd.kernels.reference import bind_reference
 from minikd.ops import OPS
 
@@ -760,3 +760,12 @@ def test_one_side_far_above_the_other_costs_no_digit(backend: str, dtype: Any, c
         far, near = (divergence(z, teacher, temperature=2.0, **kwargs) for z in (student, flat))
         assert far == pytest.approx(near, rel=1e-4 if dtype == np.float32 else 1e-9)
         assert far > 0
+
+
+@on_each_backend
+def test_rows_without_a_label_add_nothing_to_a_decoupled_loss_of_however_few_classes() -> None:
+    for c in (1, 2, 3):
+        logits, numbers = np.ones((2, c)), [np.float64(1)] * 3
+        (loss,), (gradient,), _ = execute(OPS["decoupled_kd"], [logits, logits, np.full(2, -100), *numbers], {})
+        assert loss == 0
+        assert not gradient.any()

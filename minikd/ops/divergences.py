@@ -41,9 +41,9 @@ def _temperature(where: str, temperature: Any, scale_t2: bool) -> _Temperature:
     return _Temperature(inverse, t * t, t) if scale_t2 else _Temperature(inverse, 1.0, inverse)
 
 
-def _write(xp: Any, loss: Any, gradient: Any, rows: Any, dz: Any, divisor: Any, reduction: str) -> None:
+def _write(loss: Any, gradient: Any, rows: Any, dz: Any, divisor: Any, reduction: str) -> None:
     """The reduced loss and its gradient, of row losses and their gradients."""
-    reduce_rows(xp, loss, rows, divisor, reduction)
+    reduce_rows(loss, rows, divisor, reduction)
     if gradient is not None:
         gradient[...] = dz * row_scale(divisor, reduction)
 
@@ -144,7 +144,7 @@ def _mixed(
 ) -> None:
     t = _temperature(where, temperature, scale_t2)
     rows, dz = _mixed_rows(xp, mix, student_logits, teacher_logits, t.inverse)
-    _write(xp, loss, gradient, t.loss * rows, t.gradient * dz, len(rows), reduction)
+    _write(loss, gradient, t.loss * rows, t.gradient * dz, len(rows), reduction)
 
 
 def _reverse_kl(
@@ -335,7 +335,7 @@ def _decoupled_kd(
     dz = t.gradient * xp.where(hot, move, weighted(xp, beta, difference) - move * p)
     broken = xp.isnan(rows)[:, None]
     dz = xp.where(labelled[:, None], xp.where(broken, xp.nan, dz), 0.0)
-    _write(xp, loss, gradient, xp.where(labelled, rows, 0.0), dz, labelled.sum(), reduction)
+    _write(loss, gradient, xp.where(labelled, rows, 0.0), dz, labelled.sum(), reduction)
 
 
 def _decoupled_example(rng: np.random.Generator, dtype: Any) -> list[Example]:
@@ -409,7 +409,7 @@ def _standardised_kl(
     spread = (z.shape[1] - 1) * deviation * factor
     along = xp.sum(g * z, axis=1, keepdims=True) / xp.where(spread == 0, 1.0, spread)
     dz = factor * (g - g.mean(axis=1, keepdims=True) - along * z)
-    _write(xp, loss, gradient, t.loss * rows, t.gradient * dz, len(rows), reduction)
+    _write(loss, gradient, t.loss * rows, t.gradient * dz, len(rows), reduction)
 
 
 def _standardised_example(rng: np.random.Generator, dtype: Any) -> list[Example]:

@@ -18,7 +18,7 @@ from minikd.ops.rows import inverse_temperature, row_shapes, softened, wide
 # --- what the losses share ---
 
 
-def reduce_rows(xp: Any, loss: Any, rows: Any, divisor: Any, reduction: str) -> None:
+def reduce_rows(loss: Any, rows: Any, divisor: Any, reduction: str) -> None:
     """Write the row losses (float64), their sum, or their sum over `divisor` (0 when the divisor is 0)."""
     if reduction == "none":
         loss[...] = rows
@@ -107,7 +107,7 @@ def _cross_entropy(
         y = y * wide(xp, weight)
         divisor = wide(xp, weight)[target[labelled]].sum()
     rows, dz = cross_entropy_rows(xp, logits, y)
-    reduce_rows(xp, loss, xp.where(labelled, rows, 0.0), divisor, reduction)
+    reduce_rows(loss, xp.where(labelled, rows, 0.0), divisor, reduction)
     if gradient is not None:
         gradient[...] = xp.where(labelled[:, None], dz * row_scale(divisor, reduction), 0.0)
 
@@ -161,7 +161,7 @@ def _soft_cross_entropy(
     if weight is not None:
         y = y * wide(xp, weight)
     rows, dz = cross_entropy_rows(xp, logits, y)
-    reduce_rows(xp, loss, rows, n, reduction)
+    reduce_rows(loss, rows, n, reduction)
     if gradient is not None:
         gradient[...] = dz * row_scale(n, reduction)
 
@@ -213,7 +213,7 @@ def _kl_div(xp: Any, loss: Any, gradient: Any, input: Any, target: Any, reductio
     log_q = wide(xp, target) if log_target else xp.log(q)
     pointwise = xp.where(q == 0, 0.0, q * (log_q - wide(xp, input)))
     divisor = _kl_divisor(input.shape, reduction)
-    reduce_rows(xp, loss, pointwise, divisor, reduction)
+    reduce_rows(loss, pointwise, divisor, reduction)
     if gradient is not None:
         gradient[...] = -q * row_scale(divisor, reduction)
 
