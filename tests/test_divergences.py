@@ -769,3 +769,11 @@ def test_rows_without_a_label_add_nothing_to_a_decoupled_loss_of_however_few_cla
         (loss,), (gradient,), _ = execute(OPS["decoupled_kd"], [logits, logits, np.full(2, -100), *numbers], {})
         assert loss == 0
         assert not gradient.any()
+
+
+@on_each_backend
+def test_two_classes_are_standardised_to_a_half_in_square() -> None:
+    loss = F.standardised_kl(np.array([[5.0, -1.0]]), np.array([[0.0, 0.5]]), temperature=1.0)
+    z = np.array([1, -1]) / np.sqrt(2)
+    p = np.exp(z) / np.exp(z).sum()
+    assert loss == pytest.approx((p[::-1] * np.log(p[::-1] / p)).sum(), rel=1e-6)  # but for the eps in the divisor
