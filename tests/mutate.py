@@ -5,9 +5,10 @@
 
 Makes the mutants that pyproject.toml asks for, tries a sample of them drawn by a seed (all with --count 0), each with
 the tests that reach the changed function, and prints those that survive. What was tried before is not tried again, so a
-run that was stopped goes on when it is started anew; --again tries those anew that lived. Those that are known to make
-no difference are in tests/mutants_that_live.toml, each with its reason. Exits with 1 if fewer than 90 % of the others
-are killed.
+run that was stopped goes on when it is started anew; --again tries those anew that lived. --quick leaves out most cases
+of tests that have many: all mutants in a quarter of an hour, and what lives then with --again. Those that are known to
+make no difference are in tests/mutants_that_live.toml, each with its reason. Exits with 1 if fewer than 90 % of the
+others are killed.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ def main() -> int:
     names = sorted(name for name in codes() if options.only in name and not SAMPLE_INPUTS.search(name))
     if options.count:
         names = sorted(random.Random(options.seed).sample(names, min(options.count, len(names))))
-    before = codes()
-    untried = [n for n in names if before[n] is None or (options.again and before[n] in LIVED)]
+    before, known = codes(), tomllib.loads(KNOWN.read_text("utf-8"))["mutant"]
+    again = {n for n in names if options.again and before[n] in LIVED and not reason(changed_lines(n), n, known)}
+    untried = [n for n in names if before[n] is None or n in again]
     try_out(untried, options.jobs, options.quick)
     return report(names)
 
@@ -94,9 +96,9 @@ def report(names: Sequence[str]) -> int:
     harmless: set[str] = set()
     for name in sorted(alive):
         change = changed_lines(name)
-        reason = next((k["reason"] for k in known if is_of(k, name, change)), None) or of_strictness(change)
-        harmless |= {name} if reason else set()
-        print(f"\n{name}: {reason or 'SURVIVED'}", *change, sep="\n")
+        why = reason(change, name, known)
+        harmless |= {name} if why else set()
+        print(f"\n{name}: {why or 'SURVIVED'}", *change, sep="\n")
     print("\n| module | tried | killed | make no difference | killed of the others |\n|---|---:|---:|---:|---:|")
     modules = sorted({module_of(name) for name in tried})
     for title, wanted in [*((f"`{module}`", {module}) for module in modules), ("all", set(modules))]:
@@ -120,6 +122,11 @@ def changed_lines(name: str) -> list[str]:
     return [
         line[0] + " " + line[1:].strip() for line in lines if line[:1] in ("-", "+") and line[:3] not in ("---", "+++")
     ]
+
+
+def reason(change: Sequence[str], name: str, known: Sequence[dict[str, Any]]) -> str:
+    """Why a mutant that lives makes no difference; an empty text if nothing is known."""
+    return next((k["reason"] for k in known if is_of(k, name, change)), "") or of_strictness(change)
 
 
 def is_of(known: dict[str, Any], name: str, change: Sequence[str]) -> bool:
