@@ -86,7 +86,7 @@ def random_logits(seed: int, n: int, c: int, scale: float = 3.0) -> Any:
 
 def test_one_hot_labels_of_four_classes_are_the_identity() -> None:
     rows = np.arange(4)
-    np.testing.assert_array_equal(one_hot(np, rows, rows >= 0, 4, 0.0), np.eye(4))
+    np.testing.assert_array_equal(one_hot(np, rows, 4, 0.0), np.eye(4))
 
 
 @each_float
@@ -373,6 +373,17 @@ def test_a_row_that_has_no_answer_is_nan_and_touches_no_other_row(dtype: Any, br
         assert np.isnan(gradient[2]).all()
         np.testing.assert_array_equal(loss[others], clean_loss[others])
         np.testing.assert_array_equal(gradient[others], clean_gradient[others])
+
+
+@each_float
+@pytest.mark.parametrize("broken", BROKEN_ROWS, ids=str)
+def test_a_row_that_has_no_answer_is_nan_also_where_its_target_weighs_nothing(dtype: Any, broken: list[float]) -> None:
+    z, weight = np.array([broken, [0, 1, 2, 3]], dtype), np.array([0, 1, 1, 1], dtype)
+    nothing = np.zeros((2, 4), dtype)
+    for target, weights in ((np.array([0, 1]), weight), (nothing, None)):
+        loss, gradient = F.cross_entropy(z, target, weight=weights, reduction="none", return_grad=True)
+        assert np.isnan(loss).tolist() == [True, False]
+        assert np.isnan(gradient).all(axis=1).tolist() == np.isnan(gradient).any(axis=1).tolist() == [True, False]
 
 
 @each_float

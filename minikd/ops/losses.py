@@ -49,10 +49,9 @@ def labelled_rows(xp: Any, where: str, target: Any, c: int, ignore_index: int) -
     return labelled
 
 
-def one_hot(xp: Any, target: Any, labelled: Any, c: int, smoothing: float) -> Any:
-    """(1 - smoothing)·one-hot + smoothing/C in float64, and zeros in the rows without a label."""
-    hot = xp.arange(c)[None, :] == xp.where(labelled, target, -1)[:, None]
-    return xp.where(labelled[:, None], (1.0 - smoothing) * hot + smoothing / c, 0.0)
+def one_hot(xp: Any, target: Any, c: int, smoothing: float) -> Any:
+    """(1 - smoothing)·one-hot + smoothing/C in float64; rows without a label are the caller's to leave out."""
+    return (1.0 - smoothing) * (xp.arange(c)[None, :] == target[:, None]) + smoothing / c
 
 
 def cross_entropy_rows(xp: Any, logits: Any, y: Any) -> tuple[Any, Any]:
@@ -101,7 +100,7 @@ def _cross_entropy(
 ) -> None:
     c = logits.shape[1]
     labelled = labelled_rows(xp, "cross_entropy", target, c, ignore_index)
-    y = one_hot(xp, target, labelled, c, label_smoothing)
+    y = one_hot(xp, target, c, label_smoothing)
     divisor = labelled.sum()
     if weight is not None:
         y = y * wide(xp, weight)
@@ -300,7 +299,7 @@ def _distillation_loss(
     hard, hard_gradient = xp.zeros(n), xp.zeros((n, c))
     if target is not None:
         labelled = labelled_rows(xp, "distillation_loss", target, c, ignore_index)
-        hard, hard_gradient = cross_entropy_rows(xp, student_logits, one_hot(xp, target, labelled, c, label_smoothing))
+        hard, hard_gradient = cross_entropy_rows(xp, student_logits, one_hot(xp, target, c, label_smoothing))
         hard = xp.where(labelled, weighted(xp, hard_weight, hard), 0.0)
         hard_gradient = xp.where(labelled[:, None], weighted(xp, hard_weight, hard_gradient), 0.0)
 
