@@ -387,6 +387,15 @@ def test_a_row_that_has_no_answer_is_nan_also_where_its_target_weighs_nothing(dt
 
 
 @each_float
+def test_a_mean_over_labels_that_weigh_nothing_is_0_with_a_gradient_of_0(dtype: Any) -> None:
+    z, weight = np.array([[0, 1, 3], [2, 1, 0]], dtype), np.array([0, 1, 2], dtype)
+    for smoothing in (0.0, 0.3):  # which lets the other classes weigh something
+        loss, gradient = F.cross_entropy(z, [0, 0], weight=weight, label_smoothing=smoothing, return_grad=True)
+        assert loss == 0
+        assert not gradient.any()
+
+
+@each_float
 def test_a_weight_of_zero_leaves_its_term_out_even_where_it_is_infinite(dtype: Any) -> None:
     student = np.array([[0, -np.inf, 1]], dtype)
     teacher = np.array([[0, 1, 2]], dtype)

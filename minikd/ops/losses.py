@@ -76,8 +76,7 @@ def relative_entropy(xp: Any, p: Any, q: Any, delta: Any) -> tuple[Any, Any]:
     # series = 1/2 + δ/6 + δ²/24 + …, so δ²·series = e^δ - 1 - δ
     terms = xp.where(small, q * d * d * series, p - q - q * delta)
     difference = xp.where(small, q * (d + d * d * series), p - q)
-    empty = q == 0
-    return xp.sum(xp.where(empty, p, terms), axis=1), xp.where(empty, p, difference)
+    return xp.sum(xp.where(q == 0, p, terms), axis=1), difference
 
 
 def scale_gradient(xp: Any, dx: Any, dloss: Any, loss: Any, gradient: Any, *inputs: Any, **attrs: Any) -> None:
