@@ -269,6 +269,17 @@ def test_whole_numbers_beside_float64_keep_all_their_digits() -> None:
     assert other.item() == large
 
 
+def test_whole_numbers_beside_float32_are_rounded_once() -> None:
+    number = 2**60 + 2**36 + 1  # a little above the middle of two floats; float64 would lose that little
+    (_, other), _ = prepare(OPS["add"], [np.zeros((1, 1), np.float32), np.full((1, 1), number)])
+    assert other.item() == 2**60 + 2**37
+
+
+def test_an_operation_on_class_ids_alone_counts_as_one_on_float32() -> None:
+    _, real = prepare(OPS["take_index"], [np.arange(3), np.arange(2)])
+    assert real == np.float32
+
+
 @pytest.mark.parametrize("number", [3, np.float32(3), np.array(3), 3.0])
 def test_a_scalar_is_a_float_or_becomes_an_array_of_float64(number: Any) -> None:
     (_, factor), _ = prepare(OPS["scale"], [X, number])

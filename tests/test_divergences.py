@@ -399,6 +399,18 @@ def test_a_row_without_an_answer_is_nan_and_touches_no_other(name: str, dtype: A
 
 
 @on_each_backend
+@each_float
+@pytest.mark.parametrize("c", [4, 130])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_decoupled_row_with_no_class_but_the_target_has_no_gradient_anywhere(dtype: Any, c: int, place: int) -> None:
+    pair = [random_logits(21, 2, c).astype(dtype), random_logits(22, 2, c).astype(dtype)]
+    pair[place][0, 1:] = -np.inf
+    rows, gradient = F.decoupled_kd(*pair, np.array([0, 0]), reduction="none", return_grad=True)
+    assert np.isnan(rows).tolist() == [True, False]
+    assert np.isnan(gradient).all(axis=1).tolist() == np.isnan(gradient).any(axis=1).tolist() == [True, False]
+
+
+@on_each_backend
 def test_a_ruled_out_class_leaves_a_row_without_a_mean_to_standardise_by() -> None:
     student, teacher = random_logits(23, 2, 4), random_logits(24, 2, 4)
     student[0, 1] = teacher[0, 1] = -np.inf
@@ -777,3 +789,27 @@ def test_two_classes_are_standardised_to_a_half_in_square() -> None:
     z = np.array([1, -1]) / np.sqrt(2)
     p = np.exp(z) / np.exp(z).sum()
     assert loss == pytest.approx((p[::-1] * np.log(p[::-1] / p)).sum(), rel=1e-6)  # but for the eps in the divisor
+
+
+@on_each_backend
+@pytest.mark.parametrize("name", ["jensen_shannon", "skewed_kl"])
+def test_a_mixture_that_is_one_side_costs_that_side_nothing_even_where_the_other_is_infinitely_far(name: str) -> None:
+    student, teacher = np.array([[0, 1, 2, -np.inf]]), np.array([[0, 2, -np.inf, 1]])
+    for share in (0.0, 1.0):
+        scalars = [np.float64(2), np.float64(share)]
+        attrs = {"reverse": share == 1} if name == "skewed_kl" else {}
+        if name == "skewed_kl":
+            scalars[1] = np.float64(1)  # reversed or not, all of the mixture is the side that is compared with it
+        (loss,), (gradient,), _ = execute(OPS[name], [student, teacher, *scalars], attrs)
+        assert loss == 0
+        assert not gradient.any()
+
+
+@on_each_backend
+def test_a_divergence_from_a_mixture_with_a_billionth_of_the_other_keeps_its_digits() -> None:
+    student, teacher = random_logits(40, 1, 10), random_logits(41, 1, 10)
+    p, q = (np.exp(z) / np.exp(z).sum() for z in (student, teacher))
+    share = 2.0**-30
+    loss = F.skewed_kl(student, teacher, alpha=1 - share, temperature=1.0)
+    x = share * (p - q) / q
+    assert loss == pytest.approx((q * (x**2 / 2 - x**3 / 3)).sum(), rel=1e-10, abs=0)
