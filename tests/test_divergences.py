@@ -405,9 +405,10 @@ def test_a_row_without_an_answer_is_nan_and_touches_no_other(name: str, dtype: A
 def test_a_decoupled_row_with_no_class_but_the_target_has_no_gradient_anywhere(dtype: Any, c: int, place: int) -> None:
     pair = [random_logits(21, 2, c).astype(dtype), random_logits(22, 2, c).astype(dtype)]
     pair[place][0, 1:] = -np.inf
-    rows, gradient = F.decoupled_kd(*pair, np.array([0, 0]), reduction="none", return_grad=True)
-    assert np.isnan(rows).tolist() == [True, False]
-    assert np.isnan(gradient).all(axis=1).tolist() == np.isnan(gradient).any(axis=1).tolist() == [True, False]
+    for alpha in (0.0, 1.0):
+        rows, gradient = F.decoupled_kd(*pair, np.array([0, 0]), alpha=alpha, reduction="none", return_grad=True)
+        assert np.isnan(rows).tolist() == [True, False]
+        assert np.isnan(gradient).all(axis=1).tolist() == np.isnan(gradient).any(axis=1).tolist() == [True, False]
 
 
 @on_each_backend
