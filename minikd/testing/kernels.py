@@ -13,7 +13,8 @@ from hypothesis.errors import NoSuchExample
 
 from minikd.errors import ArgumentError
 from minikd.ops import OPS
-from minikd.testing.contracts import CONTRACTS, Contract, Inputs
+from minikd.testing.contract import Contract, Inputs
+from minikd.testing.contracts import CONTRACTS
 from minikd.testing.layouts import LAYOUTS, in_layout, locked
 from minikd.testing.reports import Failure, KernelReport, explained, ulps
 
