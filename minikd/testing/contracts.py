@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minikd.testing import layer_contracts, loss_contracts, softmax_contracts
+from minikd.testing import divergence_contracts, layer_contracts, loss_contracts, softmax_contracts
 from minikd.testing.contract import Contract
 
 # Kernel → contract.
@@ -11,6 +11,7 @@ CONTRACTS: dict[str, Contract] = {
     for contract in (
         *softmax_contracts.CONTRACTS,
         *loss_contracts.CONTRACTS,
+        *divergence_contracts.CONTRACTS,
         *layer_contracts.CONTRACTS,
     )
 }

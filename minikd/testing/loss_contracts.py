@@ -9,14 +9,15 @@ import numpy as np
 from hypothesis import strategies as st
 
 from minikd.ops.rows import softened
-from minikd.testing.contract import Attributes, Contract, Draw, Edge, Inputs, Mistake, expected
-from minikd.testing.mistakes import changed, pair_mistakes, usual
+from minikd.testing.contract import Attributes, Contract, Edge, Inputs, Mistake, expected
+from minikd.testing.mistakes import all_rows_counted, changed, exchanged_values, pair_mistakes, shared, usual
 from minikd.testing.references import reference
 from minikd.testing.scores import (
     BAD_LABELS,
     BAD_TEMPERATURES,
     BROKEN,
     EQUAL,
+    GIVEN,
     HUGE,
     INF,
     LABELS,
@@ -33,16 +34,6 @@ from minikd.testing.scores import (
 from minikd.testing.strategies import EVERY_KIND, batches, temperatures
 
 
-def _all_rows_counted(inputs: Inputs, attrs: Attributes) -> Any:
-    target = np.asarray(inputs["target"])
-    share = (target != attrs.get("ignore_index", -100)).sum() / len(target)
-    return [share * x for x in expected("cross_entropy", inputs, attrs)]
-
-
-def _exchanged_weights(inputs: Inputs, attrs: Attributes) -> None:
-    inputs["hard_weight"], inputs["soft_weight"] = inputs["soft_weight"], inputs["hard_weight"]
-
-
 def _hard_at_temperature(inputs: Inputs, attrs: Attributes) -> Any:
     """The distillation loss whose hard term is softened too."""
     t = inputs["temperature"]
@@ -51,6 +42,18 @@ def _hard_at_temperature(inputs: Inputs, attrs: Attributes) -> Any:
         return soft
     hard = reference("cross_entropy")(np.asarray(inputs["student_logits"], np.float64) / t, inputs["target"], None)
     return [soft[0] + inputs["hard_weight"] * hard[0], soft[1] + inputs["hard_weight"] * hard[1] / t]
+
+
+def _reverse_soft_term(inputs: Inputs, attrs: Attributes) -> Any:
+    """The distillation loss whose soft term is turned round."""
+    hard = expected("distillation_loss", {**inputs, "soft_weight": 0.0}, attrs)
+    soft = expected("reverse_kl", inputs, shared(attrs))
+    return [a + inputs["soft_weight"] * b for a, b in zip(hard, soft, strict=True)]
+
+
+def _of_the_likeliest_class(inputs: Inputs, attrs: Attributes) -> Any:
+    target = np.asarray(inputs["target"])
+    return expected("soft_cross_entropy", {**inputs, "target": np.eye(target.shape[1])[target.argmax(axis=1)]}, attrs)
 
 
 def distillation_scale(inputs: Inputs, attrs: Attributes) -> Sequence[Any]:
@@ -67,28 +70,20 @@ def distillation_scale(inputs: Inputs, attrs: Attributes) -> Sequence[Any]:
     return [loss, hard * p * roundings / per_hard + soft * (t if scaled else 1 / t) * likely / per_soft]
 
 
-def pair_scale(inputs: Inputs, attrs: Attributes) -> Sequence[Any]:
-    """As of the soft term; where the logarithms of both enter the gradient, with their size.
-
-    A probability below the dtype's normal numbers may be 0, however large what it is multiplied by.
-    """
-    n, c = np.shape(inputs["student_logits"])
-    t, scaled = float(inputs["temperature"]), attrs.get("scale_t2", True)
-    limits = np.finfo(inputs["student_logits"].dtype)
-    likely = likelier(inputs, t) + float(limits.tiny / limits.eps)
-    with np.errstate(all="ignore"):
-        gap = np.abs(inputs["student_logits"] - np.asarray(inputs["teacher_logits"], np.float64)) / t
-    apart = 1 + np.nanmax(np.where(np.isfinite(gap) & (likely > 0), gap, 0), axis=1, keepdims=True)
-    loss = (np.log(c) + largest(likely) + apart.max()) * (t * t if scaled else 1.0)
-    return [loss, (t if scaled else 1 / t) * likely * apart / divisors(attrs, n, 0)[0]]
-
-
 def _cross_entropy_scale(inputs: Inputs, attrs: Attributes) -> Sequence[Any]:
     n, c = np.shape(inputs["logits"])
     labelled = int((np.asarray(inputs["target"]) != -100).sum())
     p, roundings = rounded(inputs["logits"], 1.0)
     gradient = (1 + p * roundings) / divisors(attrs, n, labelled)[1]
     return [1 + np.log(c) + largest(p * roundings), gradient]
+
+
+def _soft_cross_entropy_scale(inputs: Inputs, attrs: Attributes) -> Sequence[Any]:
+    n, c = np.shape(inputs["logits"])
+    p, roundings = rounded(inputs["logits"], 1.0)
+    target = np.asarray(inputs["target"], np.float64)
+    per_row = divisors(attrs, n, n)[1]
+    return [1 + np.log(c) + largest(target * roundings), (target + p * roundings) / per_row]
 
 
 def _kl_scale(inputs: Inputs, attrs: Attributes) -> Sequence[Any]:
@@ -114,25 +109,16 @@ def _distillation_draw(kind: str, dtype: Any) -> st.SearchStrategy[Inputs]:
     )
 
 
-def _pair_draw(**others: st.SearchStrategy[Any]) -> Draw:
-    def draw(kind: str, dtype: Any) -> st.SearchStrategy[Inputs]:
-        return st.builds(
-            lambda batch, t, rest: {
-                "student_logits": batch.student,
-                "teacher_logits": batch.teacher,
-                "temperature": t,
-                **rest,
-            },
-            batches(dtype=dtype, kind=kind),
-            temperatures(),
-            st.fixed_dictionaries(others),
-        )
-
-    return draw
-
-
 def _cross_entropy_draw(kind: str, dtype: Any) -> st.SearchStrategy[Inputs]:
     return batches(dtype=dtype, kind=kind, ignored=True).map(lambda b: {"logits": b.student, "target": b.target})
+
+
+def _soft_cross_entropy_draw(kind: str, dtype: Any) -> st.SearchStrategy[Inputs]:
+    def soften(batch: Any) -> Inputs:
+        with np.errstate(all="ignore"):
+            return {"logits": batch.student, "target": softened(np, batch.teacher, 1.0)[0].astype(dtype)}
+
+    return batches(dtype=dtype, kind=kind).map(soften)
 
 
 def _kl_draw(kind: str, dtype: Any) -> st.SearchStrategy[Inputs]:
@@ -175,21 +161,6 @@ def _distillation_edges() -> tuple[Edge, ...]:
     )
 
 
-def pair_edges(reverse: bool = False, **others: Any) -> tuple[Edge, ...]:
-    def case(name: str, student: Any = PLAIN, teacher: Any = TEACHER, temperature: float = 2.0) -> Edge:
-        pair = {"student_logits": student, "teacher_logits": teacher}
-        return Edge(name, {**pair, "temperature": temperature, **others})
-
-    ruled_out = "the teacher alone rules a class out: the loss is +inf"
-    return (
-        case("two plain rows at T = 4", temperature=4.0),
-        *(case(name, *pair) for name, pair in pair_rows().items()),
-        *((case(ruled_out, TEACHER, MASKED),) if reverse else ()),
-        case("a cold temperature", temperature=0.05),
-        case("a hot temperature", temperature=300.0),
-    )
-
-
 def _cross_entropy_edges() -> tuple[Edge, ...]:
     def case(name: str, rows: Any, target: Sequence[int]) -> Edge:
         return Edge(name, {"logits": np.asarray(rows), "target": np.array(target)})
@@ -208,6 +179,23 @@ def _cross_entropy_edges() -> tuple[Edge, ...]:
     )
 
 
+def _soft_cross_entropy_edges() -> tuple[Edge, ...]:
+    def case(name: str, rows: Any, *target: Sequence[float]) -> Edge:
+        return Edge(name, {"logits": np.asarray(rows), "target": np.array(target)})
+
+    certain = [1.0, 0.0, 0.0]
+    return (
+        case("two plain rows", PLAIN, [0.5, 0.25, 0.25], [0.125, 0.75, 0.125]),
+        case("a target that is certain", PLAIN, certain, certain),
+        case("a masked class (-inf) with a target of 0: its gradient is 0, not NaN", MASKED, [0.5, 0.0, 0.5], certain),
+        case("the target holds a masked class: the loss is +inf", MASKED, [0.5, 0.25, 0.25], certain),
+        case("logits of ±1e30", HUGE, [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]),
+        case("scores that lie far apart", [[0.0, 400.0, 800.0]], [0.5, 0.25, 0.25]),
+        case("a single class", [[3.0], [-2.0]], [1.0], [1.0]),
+        *(case(name, broken(value), certain, certain) for name, value in BROKEN.items()),
+    )
+
+
 def _kl_edges() -> tuple[Edge, ...]:
     log_p, q = np.log([[0.2, 0.3, 0.5]]), np.array([[0.6, 0.3, 0.1]])
     none = np.array([[-INF, np.log(0.5), np.log(0.5)]])
@@ -219,9 +207,6 @@ def _kl_edges() -> tuple[Edge, ...]:
     )
 
 
-PAIR = ("student_logits", "teacher_logits", "temperature")
-GIVEN = ("loss", "gradient")
-
 CONTRACTS = (
     Contract(
         *("cross_entropy", ("logits", "target"), GIVEN, EVERY_KIND, _cross_entropy_draw),
@@ -229,10 +214,20 @@ CONTRACTS = (
         scale=_cross_entropy_scale,
         mistakes=(
             *usual("cross_entropy", "logits"),
-            Mistake("rows without a label are counted in the mean", _all_rows_counted),
+            all_rows_counted("cross_entropy"),
         ),
         never_negative=True,
         refuses=BAD_LABELS,
+    ),
+    Contract(
+        *("soft_cross_entropy", ("logits", "target"), GIVEN, EVERY_KIND, _soft_cross_entropy_draw),
+        edges=_soft_cross_entropy_edges(),
+        scale=_soft_cross_entropy_scale,
+        mistakes=(
+            *usual("soft_cross_entropy", "logits"),
+            Mistake("the likeliest class alone is taken for the target", _of_the_likeliest_class),
+        ),
+        never_negative=True,
     ),
     Contract(
         *("kl_div", ("input", "target"), GIVEN, EVERY_KIND, _kl_draw),
@@ -248,36 +243,14 @@ CONTRACTS = (
         scale=distillation_scale,
         mistakes=(
             *pair_mistakes("distillation_loss"),
-            Mistake("hard_weight and soft_weight are exchanged", changed("distillation_loss", _exchanged_weights)),
+            Mistake(
+                "hard_weight and soft_weight are exchanged",
+                changed("distillation_loss", exchanged_values("hard_weight", "soft_weight")),
+            ),
             Mistake("the hard term is softened by the temperature too", _hard_at_temperature),
+            Mistake("the reverse KL is taken: KL(student ‖ teacher)", _reverse_soft_term),
         ),
         never_negative=True,
         refuses=(*BAD_TEMPERATURES, *BAD_LABELS),
-    ),
-    Contract(
-        *("reverse_kl", PAIR, GIVEN, EVERY_KIND, _pair_draw()),
-        edges=pair_edges(reverse=True),
-        scale=pair_scale,
-        mistakes=pair_mistakes("reverse_kl"),
-        never_negative=True,
-        refuses=BAD_TEMPERATURES,
-    ),
-    Contract(
-        *("jensen_shannon", (*PAIR, "beta"), GIVEN, EVERY_KIND),
-        _pair_draw(beta=st.sampled_from((0.5, 0.1, 0.9))),
-        edges=pair_edges(beta=0.5),
-        scale=pair_scale,
-        mistakes=pair_mistakes("jensen_shannon"),
-        never_negative=True,
-        refuses=BAD_TEMPERATURES,
-    ),
-    Contract(
-        *("skewed_kl", (*PAIR, "alpha"), GIVEN, EVERY_KIND),
-        _pair_draw(alpha=st.sampled_from((0.1, 0.5, 0.9))),
-        edges=pair_edges(alpha=0.1),
-        scale=pair_scale,
-        mistakes=pair_mistakes("skewed_kl"),
-        never_negative=True,
-        refuses=BAD_TEMPERATURES,
     ),
 )

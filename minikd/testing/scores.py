@@ -9,6 +9,7 @@ import numpy as np
 from minikd.ops.rows import softened
 from minikd.testing.contract import Attributes, Inputs
 
+GIVEN = ("loss", "gradient")  # what a loss of rows gives
 INF, NAN = np.inf, np.nan
 PLAIN = np.array([[2.0, 1.0, 0.1], [0.5, 2.5, -1.0]])
 TEACHER = np.array([[3.0, 0.5, -0.5], [0.0, 3.0, 0.0]])
