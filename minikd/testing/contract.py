@@ -69,6 +69,13 @@ class Contract:
     def signature(self) -> str:
         return f"{self.kernel}({', '.join(self.takes)}) -> {', '.join(self.gives)}"
 
+    @property
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        """The letters of each argument's sizes, as the operation declares them."""
+        op = OPS[self.kernel.removesuffix("_vjp")]
+        upstream = {"d" + a.name: a.dims for a in op.outs}
+        return {**upstream, **{a.name: a.dims for a in (*op.inputs, *op.updates)}}
+
     def expected(self, inputs: Inputs, attrs: Attributes, precision: str | int = "float64") -> list[Any]:
         """What the reference gives, one result for each of `gives`."""
         return expected(self.kernel, inputs, attrs, precision)[: len(self.gives)]

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from minikd.testing import divergence_contracts, layer_contracts, loss_contracts, softmax_contracts
+from minikd.testing import (
+    divergence_contracts,
+    layer_contracts,
+    linear_loss_contracts,
+    loss_contracts,
+    softmax_contracts,
+)
 from minikd.testing.contract import Contract
 
 # Kernel → contract.
@@ -12,6 +18,7 @@ CONTRACTS: dict[str, Contract] = {
         *softmax_contracts.CONTRACTS,
         *loss_contracts.CONTRACTS,
         *divergence_contracts.CONTRACTS,
+        *linear_loss_contracts.CONTRACTS,
         *layer_contracts.CONTRACTS,
     )
 }

@@ -234,17 +234,22 @@ def _cast(inputs: Inputs, dtype: str) -> Inputs:
     return {name: cast(x) for name, x in inputs.items()}
 
 
-def _tiled(inputs: Inputs, rows: int, columns: int) -> Inputs:
-    """Larger arrays: these, repeated, with a little added to each number so that no two rows are equal."""
-    rng = np.random.default_rng(rows)
+def _tiled(contract: Contract, inputs: Inputs, rows: int, columns: int) -> Inputs:
+    """Larger arrays: these, repeated, with a little added to each number so that no two rows are equal.
 
-    def tiled(x: Any) -> Any:
+    What the operation calls n is repeated by `rows`, all other sizes by `columns`, so that shapes still fit.
+    """
+    rng = np.random.default_rng(rows)
+    dims = contract.dims
+
+    def tiled(name: str, x: Any) -> Any:
         if not isinstance(x, np.ndarray) or not x.ndim:
             return x
-        found = np.tile(x, (rows, columns)[: x.ndim])
+        letters = (rows, columns) if dims[name] == ("...",) else [rows if d == "n" else columns for d in dims[name]]
+        found = np.tile(x, letters[: x.ndim])
         return found + rng.uniform(0, 0.5, found.shape) if found.dtype.kind == "f" else found
 
-    return {name: tiled(x) for name, x in inputs.items()}
+    return {name: tiled(name, x) for name, x in inputs.items()}
 
 
 # --- comparing ---
@@ -339,7 +344,9 @@ class _Examination:
         """Decided cases, larger arrays, and every region; what fails in one dtype is not looked for in the next."""
         failed: set[str] = set()
         plain, smallest, name = self._plain_inputs(), False, self.contract.edges[0].name
-        larger = {f"{name}, repeated {r} by {w} times": _tiled(plain, r, w) for r, w in ((3, 7), (20, 40))}
+        larger = {
+            f"{name}, repeated {r} by {w} times": _tiled(self.contract, plain, r, w) for r, w in ((3, 7), (20, 40))
+        }
         decided = {**{e.name: e.inputs for e in self.contract.edges}, **larger}
         for dtype in self.tolerance:
             for name, inputs in decided.items():
@@ -425,26 +432,37 @@ class _Examination:
         return Failure(found.check, region, found.said, dtype, inputs, got, wanted, found.ulps, mistakes)
 
     def _mistakes(self, inputs: Inputs, dtype: str, place: int) -> tuple[str, ...]:
-        """The usual mistakes that would give this result here, and what the kernel gives for plain inputs too."""
-        plain = _cast(self._plain_inputs(), dtype)
-        cases = [_cast(inputs, dtype), plain, _cast(_tiled(self._plain_inputs(), 3, 7), dtype)]
+        """The usual mistakes that would give this result here, and what the kernel gives for plain inputs too.
+
+        Where some of them would give all its results, the others are left out.
+        """
+        plain = self._plain_inputs()
+        larger = [_tiled(self.contract, plain, *by) for by in ((3, 7), (20, 40))]
+        cases = [_cast(case, dtype) for case in (inputs, plain, *larger)]
         outcomes = [self.kernel.run(case) for case in cases]
         if any(len(outcome.results) <= place for outcome in outcomes):
             return ()
-        right = [self.kernel.expected(case)[place] for case in cases]
-        found = []
+        right = [self.kernel.expected(case) for case in cases]
+        fit, fit_throughout = [], []
         for mistake in self.contract.mistakes:
             with np.errstate(all="ignore"):
-                given = [_place(mistake.give(case, self.kernel.attrs), place) for case in cases]
-            fits = all(_alike(o.results[place], g) for o, g in zip(outcomes, given, strict=True))
-            if fits and not all(_alike(g, r) for g, r in zip(given, right, strict=True)):
-                found.append(mistake.name)
-        return tuple(found)
+                given = [_as_list(mistake.give(case, self.kernel.attrs)) for case in cases]
+            same = [
+                {k for k, got in enumerate(o.results) if _alike(got, g[k])}
+                for o, g in zip(outcomes, given, strict=True)
+            ]
+            if all(_alike(g[place], r[place]) for g, r in zip(given, right, strict=True)):
+                continue
+            if all(place in places for places in same):
+                fit.append(mistake.name)
+                if all(len(places) == len(o.results) for places, o in zip(same, outcomes, strict=True)):
+                    fit_throughout.append(mistake.name)
+        return tuple(dict.fromkeys(fit_throughout or fit))
 
     # --- what holds for every call ---
 
     def _same_twice(self, inputs: Inputs, dtype: str) -> Iterator[Failure]:
-        larger = _cast(_tiled(self._plain_inputs(), 20, 40), dtype)
+        larger = _cast(_tiled(self.contract, self._plain_inputs(), 20, 40), dtype)
         for region, case in (("plain inputs", inputs), ("larger arrays", larger)):
             first, second = self.kernel.run(case), self.kernel.run(case)
             for name, a, b in zip(self.contract.gives, first.results, second.results, strict=False):
@@ -521,5 +539,5 @@ def _is_real(x: Any) -> bool:
     return isinstance(x, np.ndarray) and x.dtype.kind == "f"
 
 
-def _place(given: Any, place: int) -> Any:
-    return given[place] if isinstance(given, list | tuple) else given
+def _as_list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list | tuple) else [given]
