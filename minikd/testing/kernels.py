@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from hypothesis.errors import NoSuchExample
 from minikd.errors import ArgumentError
 from minikd.ops import OPS
 from minikd.testing.contract import Contract, Inputs
-from minikd.testing.contracts import CONTRACTS
+from minikd.testing.contracts import contract_of
 from minikd.testing.layouts import LAYOUTS, in_layout, locked
 from minikd.testing.reports import Failure, KernelReport, explained, ulps
 
@@ -27,11 +28,13 @@ CHECKS = {
     "strides": "inputs may lie in memory in any way",
     "read-only inputs": "inputs may be locked",
     "dtypes": "results have the dtype of the inputs",
+    "conversions": "float16 and whole numbers give what the same numbers in float32 give",
     "refusals": "a bad label or temperature is a ValueError",
 }
 ROUNDINGS = 64  # of the dtype's eps, that a result may be off by where nothing else is asked for
 MOST_DIGITS_FOR = 64  # numbers in the inputs up to which a failure is measured with mpmath
 DIGITS = 30
+CONVERTED = ("float16", "int8", "int32", "int64")  # dtypes that are taken for float32
 GUARD = 5  # elements around a result that nobody may write
 
 
@@ -44,6 +47,7 @@ def check_kernel(
     writes: bool = False,
     array: Callable[[np.ndarray], Any] | None = None,
     refusals: bool = False,
+    conversions: bool = False,
     leave_out: Collection[str] = (),
     examples: int = 30,
     seed: int = 0,
@@ -65,6 +69,8 @@ def check_kernel(
     array : makes the array that the function takes of a NumPy array: ``torch.from_numpy``, ``cupy.asarray``.
     refusals : also ask for a ValueError where a label or temperature is bad. Off by default, because a kernel that
         does not look would read memory that is not its own.
+    conversions : also ask that float16 and whole numbers are taken for the float32 that they stand for, as the
+        library's functions take them. Off by default: a kernel need not take them at all.
     leave_out : names of `CHECKS` that are not to be made.
     examples : cases that are drawn in each region for each dtype; with 0 only the decided ones are looked at.
     seed : of the search; the same seed gives the same report.
@@ -81,29 +87,37 @@ def check_kernel(
 
     Raises
     ------
-    ArgumentError : there is no contract of this name, no such attribute or no such check.
+    ArgumentError : there is no contract of this name (the message says why), no such attribute or no such check.
     """
     contract = _contract(op, attrs, dtypes, leave_out)
     tolerance = {d: _tolerance(rtol, d) for d in dtypes}
     examination = _Examination(_Kernel(contract, function, attrs, writes, array), tolerance, examples, seed)
     skipped = dict.fromkeys(leave_out, "by request")
-    if not refusals:
-        skipped.setdefault("refusals", "unless refusals=True")
-    if not contract.never_negative:
-        skipped.setdefault("sign", "there is no such promise")
-    for name in ("strides", "read-only inputs") if writes or array is not None else ():
-        skipped.setdefault(name, "of NumPy arrays only")
-    if not writes:
-        skipped.setdefault("full overwrite", "the function makes its results itself")
+    for name, reason in _reasons(contract, writes, array is not None, refusals, conversions).items():
+        skipped.setdefault(name, reason)
     checks = tuple(name for name in CHECKS if name not in skipped)
     failures = explained(list(examination.failures(checks)))
     return KernelReport(contract.signature, checks, tuple(skipped.items()), failures, examination.kernel.calls)
 
 
+def _reasons(contract: Contract, writes: bool, foreign: bool, refusals: bool, conversions: bool) -> dict[str, str]:
+    """The checks that are not made, each with the reason."""
+    found = {} if refusals else {"refusals": "unless refusals=True"}
+    if writes:
+        found["conversions"] = "of functions that make their results"
+    elif not conversions:
+        found["conversions"] = "unless conversions=True"
+    if not contract.never_negative:
+        found["sign"] = "there is no such promise"
+    if writes or foreign:
+        found |= dict.fromkeys(("strides", "read-only inputs"), "of NumPy arrays only")
+    if not writes:
+        found["full overwrite"] = "the function makes its results itself"
+    return found
+
+
 def _contract(op: str, attrs: dict[str, Any], dtypes: Sequence[str], leave_out: Collection[str]) -> Contract:
-    where = "check_kernel"
-    if op not in CONTRACTS:
-        raise ArgumentError(where, "op", expected="one of " + ", ".join(CONTRACTS), got=repr(op))
+    where, contract = "check_kernel", contract_of(op)
     known = OPS[op.removesuffix("_vjp")].attrs
     for name in attrs:
         if name not in known:
@@ -114,7 +128,7 @@ def _contract(op: str, attrs: dict[str, Any], dtypes: Sequence[str], leave_out: 
             raise ArgumentError(where, "leave_out", expected="names among " + ", ".join(CHECKS), got=repr(name))
     if not dtypes or not set(dtypes) <= {"float64", "float32"}:
         raise ArgumentError(where, "dtypes", expected='"float64", "float32" or both', got=repr(dtypes))
-    return CONTRACTS[op]
+    return contract
 
 
 def _tolerance(rtol: float | Mapping[str, float] | None, dtype: str) -> float:
@@ -140,11 +154,11 @@ def _plain(x: Any) -> np.ndarray:
     """A result of any library as a NumPy array."""
     if isinstance(x, np.ndarray | np.generic | int | float):
         return np.asarray(x)
-    if hasattr(x, "detach"):
+    if hasattr(x, "detach"):  # torch's
         x = x.detach().cpu()
     elif hasattr(x, "get"):  # CuPy's
         return np.asarray(x.get())
-    return np.from_dlpack(x) if hasattr(x, "__dlpack__") and np.ndim(x) else np.asarray(x)
+    return np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
 
 
 class _Kernel:
@@ -232,6 +246,18 @@ def _cast(inputs: Inputs, dtype: str) -> Inputs:
         return x.astype(dtype if x.dtype.kind == "f" else x.dtype)
 
     return {name: cast(x) for name, x in inputs.items()}
+
+
+def _converted(inputs: Inputs, dtype: str) -> tuple[Inputs, Inputs] | None:
+    """The real arrays in a dtype of fewer numbers, and those numbers in float32; None where it cannot hold them."""
+    real = {name: x for name, x in inputs.items() if _is_real(x)}
+    if np.dtype(dtype).kind == "i":
+        real = {name: np.rint(x) for name, x in real.items()}
+        if not all(np.isfinite(x).all() and np.abs(x).max() <= np.iinfo(dtype).max for x in real.values()):
+            return None
+    with np.errstate(over="ignore"):
+        given = {name: x.astype(dtype) for name, x in real.items()}
+    return {**inputs, **given}, {**inputs, **{name: x.astype(np.float32) for name, x in given.items()}}
 
 
 def _tiled(contract: Contract, inputs: Inputs, rows: int, columns: int) -> Inputs:
@@ -334,6 +360,8 @@ class _Examination:
             ):
                 if check in checks:
                     yield from method(inputs, dtype)
+        if "conversions" in checks:
+            yield from self._conversions()
 
     def _plain_inputs(self) -> Inputs:
         return self.contract.edges[0].inputs
@@ -525,6 +553,23 @@ class _Examination:
             if result.dtype != np.dtype(dtype) and not scalar:
                 said = f"{name} is of {result.dtype} where the inputs are of {dtype}"
                 yield Failure("dtypes", "plain inputs", said, dtype, inputs)
+
+    def _conversions(self) -> Iterator[Failure]:
+        """For each dtype the first decided case in which the same numbers in float32 give something else."""
+        for dtype in CONVERTED:
+            pairs = ((edge.name, _converted(edge.inputs, dtype)) for edge in self.contract.edges)
+            found = (self._conversion(name, *pair, dtype) for name, pair in pairs if pair is not None)
+            yield from itertools.islice(filter(None, found), 1)
+
+    def _conversion(self, region: str, given: Inputs, same: Inputs, dtype: str) -> Failure | None:
+        outcome, wanted = self.kernel.run(given), self.kernel.run(same)
+        if outcome.raised is not None and wanted.raised is None:
+            return Failure("conversions", region, self._raised(outcome).said, dtype, given)
+        for name, a, b in zip(self.contract.gives, outcome.results, wanted.results, strict=False):
+            if (a.dtype, a.tobytes()) != (b.dtype, b.tobytes()):
+                said = f"{name}, of {a.dtype}, is not what the same numbers in float32 give, which is of {b.dtype}"
+                return Failure("conversions", region, said, dtype, given, a, b)
+        return None
 
     def _refusals(self, inputs: Inputs, dtype: str) -> Iterator[Failure]:
         for name, changed in self.contract.refuses:

@@ -66,6 +66,31 @@ def _linear_scale(inputs: Inputs, attrs: Attributes) -> Sequence[Any]:
     return [x @ w.T + b]
 
 
+def _layer(kernel: str) -> Contract:
+    """A layer with its activation, whose slope is nowhere much above 1."""
+
+    def without_bias(inputs: Inputs, attrs: Attributes) -> Any:
+        return expected(kernel, {**inputs, "b": np.zeros(len(inputs["b"]))}, attrs)[0]
+
+    def transposed(inputs: Inputs, attrs: Attributes) -> Any:
+        w = np.asarray(inputs["w"])
+        return expected(kernel, {**inputs, "w": w.ravel().reshape(w.shape[::-1]).T}, attrs)[0]
+
+    plain = {"x": np.array([[1.0, -0.5, 2.0]]), "w": np.array([[1.0, 0.5, -0.25], [0.75, -1.0, 0.5]])}
+    return Contract(
+        *(kernel, ("x", "w", "b"), ("y",), ("ordinary",), _linear_draw),
+        edges=(
+            Edge("two units of three inputs", {**plain, "b": np.array([0.5, -0.125])}),
+            Edge("one unit of one input", {"x": np.ones((1, 1)), "w": np.ones((1, 1)), "b": np.ones(1)}),
+        ),
+        scale=_linear_scale,
+        mistakes=(
+            Mistake("the bias is missing", without_bias),
+            Mistake("the weight is read as (inputs, units), not as (units, inputs)", transposed),
+        ),
+    )
+
+
 def _step_draw(state: tuple[str, ...]) -> Draw:
     def draw(kind: str, dtype: Any) -> st.SearchStrategy[Inputs]:
         def of(k: int) -> st.SearchStrategy[Inputs]:
@@ -119,12 +144,7 @@ CONTRACTS = (
     _elementwise("tanh_vjp", ("dy", "u"), "du"),
     _elementwise("sigmoid_vjp", ("dy", "u"), "du"),
     _elementwise("gelu_vjp", ("dy", "u"), "du"),
-    Contract(
-        *("linear", ("x", "w", "b"), ("y",), ("ordinary",), _linear_draw),
-        edges=(Edge("one unit of one input", {"x": np.ones((1, 1)), "w": np.ones((1, 1)), "b": np.ones(1)}),),
-        scale=_linear_scale,
-        mistakes=(Mistake("the bias is missing", lambda i, a: np.asarray(i["x"]) @ np.asarray(i["w"]).T),),
-    ),
+    *map(_layer, ("linear", "linear_relu", "linear_tanh", "linear_sigmoid", "linear_gelu")),
     Contract(
         *("sgd_step", ("g", "lr", "w", "v"), ("w", "v"), ("ordinary",), _step_draw(("w", "v"))),
         edges=(Edge("the first step", {"g": _ONE, "lr": 0.1, "w": _ONE[::-1].copy(), "v": np.zeros(3)}),),
