@@ -135,25 +135,19 @@ def _scores(z: Any, eps: float, less: int) -> tuple[Any, Any, Any]:
     return centred / (deviation + eps), deviation + eps, deviation
 
 
-def _standardised_by(less: int = 1, both: bool = True, through: str = "mean and deviation") -> Give:
-    """The standardised KL with c - less in the deviation, of both sides or the student's alone.
-
-    `through` says what the gradient flows through beside the scores themselves.
-    """
+def _standardised_by(less: int = 1, teacher_too: bool = True, through_deviation: bool = True) -> Give:
+    """The standardised KL with c - less in the deviation, of both sides or of the student alone."""
 
     def give(inputs: Inputs, attrs: Attributes) -> Any:
         pair, eps = _pair(inputs, attrs), attrs.get("eps", 1e-7)
         with np.errstate(all="ignore"):
             z, width, deviation = _scores(pair.student, eps, less)
-            (p, log_p), (q, log_q) = (
-                softened(np, x, 1 / pair.t) for x in (z, _scores(pair.teacher, eps, less)[0] if both else pair.teacher)
-            )
+            z_t = _scores(pair.teacher, eps, less)[0] if teacher_too else pair.teacher
+            (p, log_p), (q, log_q) = (softened(np, x, 1 / pair.t) for x in (z, z_t))
             dz = p - q
-            if "deviation" in through:
+            if through_deviation:
                 along = (dz * z).sum(axis=1, keepdims=True) * width / (max(z.shape[1] - less, 1) * deviation)
                 dz = dz - z * along
-            if "mean" in through:
-                dz = dz - dz.mean(axis=1, keepdims=True)
             rows, gradient = pair.of_loss * _terms(q, log_q, log_p).sum(axis=1), pair.of_gradient * dz / width
         return reduced(rows, gradient, attrs, len(z))
 
@@ -163,8 +157,7 @@ def _standardised_by(less: int = 1, both: bool = True, through: str = "mean and 
 STANDARDISED = (
     Mistake("the deviation is that of a population: divided by c, not by c - 1", _standardised_by(less=0)),
     Mistake("eps is missing beside the deviation", changed("standardised_kl", set_to(eps=0.0))),
-    Mistake("the teacher is not standardised", _standardised_by(both=False)),
+    Mistake("the teacher is not standardised", _standardised_by(teacher_too=False)),
     Mistake("nothing is standardised: it is the plain KL", soft_term),
-    Mistake("the gradient does not flow through the deviation", _standardised_by(through="mean")),
-    Mistake("the gradient flows neither through the mean nor through the deviation", _standardised_by(through="")),
+    Mistake("the gradient does not flow through the deviation", _standardised_by(through_deviation=False)),
 )

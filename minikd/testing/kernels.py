@@ -14,7 +14,7 @@ from hypothesis.errors import NoSuchExample
 
 from minikd.errors import ArgumentError
 from minikd.ops import OPS
-from minikd.testing.contract import Contract, Inputs
+from minikd.testing.contract import Contract, Inputs, Mistake
 from minikd.testing.contracts import contract_of
 from minikd.testing.layouts import LAYOUTS, in_layout, locked
 from minikd.testing.reports import Failure, KernelReport, explained, ulps
@@ -260,7 +260,7 @@ def _converted(inputs: Inputs, dtype: str) -> tuple[Inputs, Inputs] | None:
     return {**inputs, **given}, {**inputs, **{name: x.astype(np.float32) for name, x in given.items()}}
 
 
-def _tiled(contract: Contract, inputs: Inputs, rows: int, columns: int) -> Inputs:
+def tiled(contract: Contract, inputs: Inputs, rows: int, columns: int) -> Inputs:
     """Larger arrays: these, repeated, with a little added to each number so that no two rows are equal.
 
     What the operation calls n is repeated by `rows`, all other sizes by `columns`, so that shapes still fit.
@@ -268,14 +268,14 @@ def _tiled(contract: Contract, inputs: Inputs, rows: int, columns: int) -> Input
     rng = np.random.default_rng(rows)
     dims = contract.dims
 
-    def tiled(name: str, x: Any) -> Any:
+    def larger(name: str, x: Any) -> Any:
         if not isinstance(x, np.ndarray) or not x.ndim:
             return x
         letters = (rows, columns) if dims[name] == ("...",) else [rows if d == "n" else columns for d in dims[name]]
         found = np.tile(x, letters[: x.ndim])
         return found + rng.uniform(0, 0.5, found.shape) if found.dtype.kind == "f" else found
 
-    return {name: tiled(name, x) for name, x in inputs.items()}
+    return {name: larger(name, x) for name, x in inputs.items()}
 
 
 # --- comparing ---
@@ -373,7 +373,7 @@ class _Examination:
         failed: set[str] = set()
         plain, smallest, name = self._plain_inputs(), False, self.contract.edges[0].name
         larger = {
-            f"{name}, repeated {r} by {w} times": _tiled(self.contract, plain, r, w) for r, w in ((3, 7), (20, 40))
+            f"{name}, repeated {r} by {w} times": tiled(self.contract, plain, r, w) for r, w in ((3, 7), (20, 40))
         }
         decided = {**{e.name: e.inputs for e in self.contract.edges}, **larger}
         for dtype in self.tolerance:
@@ -465,32 +465,37 @@ class _Examination:
         Where some of them would give all its results, the others are left out.
         """
         plain = self._plain_inputs()
-        larger = [_tiled(self.contract, plain, *by) for by in ((3, 7), (20, 40))]
+        larger = [tiled(self.contract, plain, *by) for by in ((3, 7), (20, 40))]
         cases = [_cast(case, dtype) for case in (inputs, plain, *larger)]
         outcomes = [self.kernel.run(case) for case in cases]
         if any(len(outcome.results) <= place for outcome in outcomes):
             return ()
-        right = [self.kernel.expected(case) for case in cases]
-        fit, fit_throughout = [], []
+        right = [self.kernel.expected(case)[place] for case in cases]
+        fit, throughout = [], []
         for mistake in self.contract.mistakes:
-            with np.errstate(all="ignore"):
-                given = [_as_list(mistake.give(case, self.kernel.attrs)) for case in cases]
-            same = [
-                {k for k, got in enumerate(o.results) if _alike(got, g[k])}
-                for o, g in zip(outcomes, given, strict=True)
-            ]
-            if all(_alike(g[place], r[place]) for g, r in zip(given, right, strict=True)):
+            given = list(self._while_it_fits(mistake, cases, outcomes, place))
+            if len(given) < len(cases) or all(_alike(g[place], r) for g, r in zip(given, right, strict=True)):
                 continue
-            if all(place in places for places in same):
-                fit.append(mistake.name)
-                if all(len(places) == len(o.results) for places, o in zip(same, outcomes, strict=True)):
-                    fit_throughout.append(mistake.name)
-        return tuple(dict.fromkeys(fit_throughout or fit))
+            fit.append(mistake.name)
+            if all(all(map(_alike, o.results, g)) for o, g in zip(outcomes, given, strict=True)):
+                throughout.append(mistake.name)
+        return tuple(dict.fromkeys(throughout or fit))
+
+    def _while_it_fits(
+        self, mistake: Mistake, cases: list[Inputs], outcomes: list[Outcome], place: int
+    ) -> Iterator[list[Any]]:
+        """What the mistake would give, case by case, up to the first in which the kernel gives something else."""
+        for case, outcome in zip(cases, outcomes, strict=True):
+            with np.errstate(all="ignore"):
+                given = _as_list(mistake.give(case, self.kernel.attrs))
+            if not _alike(outcome.results[place], given[place]):
+                return
+            yield given
 
     # --- what holds for every call ---
 
     def _same_twice(self, inputs: Inputs, dtype: str) -> Iterator[Failure]:
-        larger = _cast(_tiled(self.contract, self._plain_inputs(), 20, 40), dtype)
+        larger = _cast(tiled(self.contract, self._plain_inputs(), 20, 40), dtype)
         for region, case in (("plain inputs", inputs), ("larger arrays", larger)):
             first, second = self.kernel.run(case), self.kernel.run(case)
             for name, a, b in zip(self.contract.gives, first.results, second.results, strict=False):
