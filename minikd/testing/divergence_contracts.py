@@ -173,7 +173,8 @@ def _standardised_scale(inputs: Inputs, attrs: Attributes) -> Sequence[Any]:
     with np.errstate(all="ignore"):
         for name in PAIR[:2]:
             z = np.asarray(inputs[name], np.float64)
-            centred = z - z.mean(axis=1, keepdims=True)
+            centred = z - z[:, :1]
+            centred = centred - centred.mean(axis=1, keepdims=True)
             width.append(np.sqrt((centred * centred).sum(axis=1, keepdims=True) / max(c - 1, 1)) + eps)
             likely.append(softened(np, centred / width[-1], 1 / t)[0])
             size = np.abs(z).max(axis=1, keepdims=True) / width[-1]
