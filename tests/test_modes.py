@@ -16,7 +16,7 @@ from minikd.distillation import ALONE, DISTILLED, Experiment
 from minikd.errors import ArgumentError, ShapeError
 from minikd.nn import MLP
 from minikd.objectives import HardLabels, Hints, ReverseKL, SoftLabels
-from minikd.report.tensorboard import write_events
+from minikd.report.tensorboard import masked_checksum, write_events
 from minikd.settings import Settings, sizes_from_text
 
 QUICK: dict[str, Any] = {
@@ -299,6 +299,12 @@ def test_the_history_can_be_written_as_tensorboard_events(tmp_path: Path) -> Non
     assert cli.main([*command, "--tensorboard", "--out", str(tmp_path / "run")]) == 0
     events = list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
     assert len({path.parent for path in events}) == len(events) == 3, "one for each training"
+
+
+def test_the_checksum_of_event_files_is_that_of_the_standard_masked() -> None:
+    crc = 0xE3069283  # of the nine digits, which every description of CRC-32C names
+    turned = crc >> 15 | crc << 17 & 0xFFFFFFFF
+    assert masked_checksum(b"123456789") == (turned + 0xA282EAD8 & 0xFFFFFFFF).to_bytes(4, "little")
 
 
 def test_event_files_are_read_by_the_format_s_own_messages(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ def _table() -> tuple[int, ...]:
     return tuple(found)
 
 
-def _checksum(data: bytes) -> bytes:
+def masked_checksum(data: bytes) -> bytes:
+    """The CRC-32C of these bytes, turned by 15 bits and moved by `MASK`."""
     crc, table = 0xFFFFFFFF, _table()
     for byte in data:
         crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
@@ -107,4 +108,4 @@ def _checksum(data: bytes) -> bytes:
 
 def _record(data: bytes) -> bytes:
     length = struct.pack("<Q", len(data))
-    return length + _checksum(length) + data + _checksum(data)
+    return length + masked_checksum(length) + data + masked_checksum(data)
