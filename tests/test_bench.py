@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minikd.bench import add_arguments, command, contenders, run, worker
+from minikd.bench import add_arguments, command, contenders, machine, run, suite, worker
 from minikd.bench.cases import KERNELS, QUICK, ROWS, error
 from minikd.bench.contenders import CONTENDERS, PEERS, Bound
 from minikd.bench.machine import PATTERNS, describe, patterns
@@ -340,3 +342,71 @@ def test_processes_share_the_reference(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_table_has_a_contender_for_each_backend_that_is_fast() -> None:
     assert {"c", "numba"} <= set(contenders.BACKENDS) & set(CONTENDERS)
+
+
+def test_a_run_says_what_it_leaves_out_and_goes_on_without_processes_that_die(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def dies(*_: Any) -> Any:
+        raise WorkerFailed("its last words")
+
+    monkeypatch.setattr("minikd.bench.suite.spawn", dies)
+    monkeypatch.setattr(CONTENDERS["torch"].__class__, "missing", lambda self: "" if self.ours else "not installed")
+    out = tmp_path / "kernels.json"
+    asked = ["--out", str(out), "--quick", "--kernel", "softmax", "--shape", "128x10", "--peers", "torch", "--add"]
+    assert run(options(*asked)) == 1
+    said = capsys.readouterr().err
+    assert f"{CONTENDERS['torch'].label} is left out: not installed" in said
+    assert "the process failed and is left out:\nits last words" in said
+    assert not out.exists(), "nothing was measured"
+
+
+def test_a_process_that_is_not_waited_for_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def communicate(self, *_: Any, **__: Any) -> Any:
+            started.append(self)
+            self.stdin.close()
+            self.stderr.close()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        spawn(Task("softmax", [(2, 3)], "one", ["numpy"], SHORT, str(tmp_path), 2**16))
+    assert started[0].returncode is not None
+
+
+def test_processes_are_not_pinned_where_the_system_has_no_such_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    with worker.pinned([0]):
+        assert not hasattr(os, "sched_setaffinity")
+
+
+def test_a_machine_without_c_kernels_and_with_a_blas_unknown_is_described_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.BACKENDS["c"].__class__, "missing", lambda self: "no compiler")
+    monkeypatch.setattr(Path, "read_text", lambda self: "")
+    monkeypatch.setattr(np, "show_config", lambda mode: {"Build Dependencies": {"blas": {"name": "a-blas"}}})
+    assert machine.cpu_level() == ""
+    assert machine.blas() == "a-blas"
+
+
+def test_turns_wait_for_the_threads_of_others_to_go_to_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept = []
+    monkeypatch.setattr("minikd.bench.measure.time.sleep", slept.append)
+    timings = interleave({"a": lambda: None, "b": lambda: None}, SHORT, rest=True)
+    assert len(slept) >= 2 * LEAST_ROUNDS
+    assert set(timings) == {"a", "b"}
+
+
+def test_a_script_of_the_folder_writes_its_figures_beside_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    script, page = tmp_path / "bench" / "kernels.py", tmp_path / "README.md"
+    script.parent.mkdir()
+    page.write_text("the checkout's")
+    monkeypatch.setattr("sys.argv", [str(script), "--update-readme"])
+    assert suite.script(str(script), "a text", add_arguments, lambda found: asked.append(found) or 3) == 3
+    assert asked[0].out == str(script.with_suffix(".json"))
+    assert asked[0].update_readme == [str(page)]

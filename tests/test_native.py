@@ -591,3 +591,29 @@ def test_a_vjp_that_nobody_needs_does_nothing(name: str) -> None:
     inputs, attrs = op.example(np.random.default_rng(5), np.float32)[0]
     outs, saved, arrays = execute(op, inputs, attrs)
     run("base", name, *(None for _ in op.wrt), *outs, *outs, *saved, *arrays, **attrs)
+
+
+def test_where_the_system_does_not_tell_which_processors_may_be_used_all_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert native.usable_cpus() == [0, 1, 2]
+
+
+def test_without_the_extension_module_there_are_no_kernels_and_it_is_said_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_module", None)
+    monkeypatch.setattr(native, "_missing", "there was no compiler")
+    assert native.cpu_levels() == ()
+    assert native.unavailable() == "there was no compiler"
+    with pytest.raises(BackendError, match="the C backend must be built, got none: there was no compiler"):
+        native.set_threads(1)
+    for heeds in (native._use_default_threads, native._use_default_products):
+        heeds.__wrapped__()  # nothing to set
+
+
+def test_a_sequence_of_calls_raises_what_the_refused_one_would() -> None:
+    p, z, bad = np.ones((1, 3), np.float32), np.ones((1, 3), np.float32), np.array(0.0)
+    y = np.ones(3, np.float32)
+    (sequence,) = native.join([native.binder("add_into")(y, y), native.binder("softmax")(p, z, bad)])
+    with pytest.raises(ArgumentError, match="softmax: temperature must be a finite number above 0"):
+        sequence()
+    np.testing.assert_array_equal(y, [2, 2, 2])

@@ -398,3 +398,16 @@ def test_without_the_extension_module_there_are_no_products_to_choose(monkeypatc
         patch.setattr(native, "_module", None)
         with pytest.raises(BackendError, match="the C backend must be built"):
             native.use_products("own")
+
+
+def test_a_blas_that_numpy_brings_but_did_not_load_is_passed_over(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numpy.libs").mkdir()
+    (tmp_path / "numpy.libs" / "libopenblas.so").write_text("no library")
+    monkeypatch.setattr(np, "__file__", str(tmp_path / "numpy" / "__init__.py"))
+    assert list(blas._of_numpy()) == []
+
+
+def test_a_blas_that_does_not_say_which_it_is_has_a_name_all_the_same() -> None:
+    assert blas._version(0) == "BLAS"
