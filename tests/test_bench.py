@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from minikd.bench import add_arguments, command, contenders, machine, run, suite, worker
+from minikd.bench import report as report_of
 from minikd.bench.cases import KERNELS, QUICK, ROWS, error
 from minikd.bench.contenders import CONTENDERS, PEERS, Bound
 from minikd.bench.machine import PATTERNS, describe, patterns
@@ -49,6 +50,20 @@ def test_every_contender_agrees_with_the_reference(name: str) -> None:
     for key, row in rows.items():
         assert not row["wrong"], (key, row)
         assert all(e < 1e-4 for e in row["errors"].values()), (key, row)
+
+
+@pytest.mark.parametrize("name", ["softmax", "distillation_loss"])
+def test_what_torch_compiles_agrees_with_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is before the compiler has it, which would take a minute."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install 'minikd[test-oracles]'")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    kernel = KERNELS[name]
+    inputs = kernel.make_inputs((33, 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the peers
+        bound, rows = bind_all(sorted(SLOW_TO_COMPILE), kernel, inputs, kernel.expected(inputs))
+    assert set(bound) == SLOW_TO_COMPILE, rows
+    assert all(e < 1e-4 for row in rows.values() for e in row["errors"].values()), rows
 
 
 def test_inputs_are_the_same_in_every_process_and_left_as_they_are() -> None:
@@ -410,3 +425,12 @@ def test_a_script_of_the_folder_writes_its_figures_beside_itself(
     assert suite.script(str(script), "a text", add_arguments, lambda found: asked.append(found) or 3) == 3
     assert asked[0].out == str(script.with_suffix(".json"))
     assert asked[0].update_readme == [str(page)]
+
+
+def test_a_failed_and_a_missing_contender_leave_their_cells_empty() -> None:
+    row = report_of._row("numpy", {"failed": "RuntimeError: no such thing"}, None)
+    assert row == (CONTENDERS["numpy"].label, *["–"] * 7, "RuntimeError: no such thing")
+    assert report_of.time_cell(None) == "–"
+    assert report_of.time_cell({"failed": "RuntimeError"}) == "failed"
+    assert report_of._peers_cells(None) == ["–", "–"]
+    assert report_of._limit_cells(None) == report_of._limit_cells({"share": None}) == ["–"] * 3
