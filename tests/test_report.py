@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import minikd as kd
 from minikd import report
 from minikd.distillation import DistillResult, Experiment, Progress, Settings
-from minikd.errors import ArgumentError, BackendError, DataError, OutputError
+from minikd.errors import ArgumentError, DataError, OutputError
 from minikd.report.folder import FILES
 from minikd.report.pictures import confusing
 from minikd.report.progress import Lines, Watcher
@@ -474,16 +474,3 @@ def test_where_no_blas_is_found_in_the_process_numpy_is_asked_for_its_own(monkey
     monkeypatch.setattr(np, "show_config", lambda mode: {"Build Dependencies": {"blas": {"name": "a-blas"}}})
     (numpy,) = (row[1] for row in report.environment_table().rows if row[0] == "NumPy")
     assert numpy == f"{np.__version__}, matrix products by a-blas"
-
-
-def test_without_tensorboardx_its_events_are_refused_with_the_way_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tensorboard = importlib.import_module("minikd.report.tensorboard")
-
-    def absent(name: str) -> Any:
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(tensorboard, "import_module", absent)
-    with pytest.raises(BackendError, match=r"pip install 'minikd\[tensorboard\]' brings it"):
-        tensorboard.write_events(tmp_path, [])
