@@ -173,7 +173,7 @@ def chosen_python(found: Iterable[tuple[int, int]], which: str, last: tuple[int,
 
 
 def copy_project(folder: Path) -> None:
-    """The project's files as they are now, also those that git does not know yet, in a folder that is emptied before."""
+    """The project's files as they are now, also those that git does not know yet, in a folder that is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
