@@ -39,25 +39,25 @@ class Combination(NamedTuple):
     threads : those of NumPy's BLAS (OPENBLAS_NUM_THREADS).
     numpy : the oldest that is supported, or the newest there is.
     python : "own" for the one that runs this, "newer" for the newest one on this machine that this NumPy supports.
-    extras : the project's extras that are installed.
+    backends : those whose tests run. Numba's kernels know no level and call no BLAS.
     """
 
     level: str
     threads: int
     numpy: str
     python: str
-    extras: str = "test"
+    backends: tuple[str, ...] = ("c", "numpy")
 
 
 # The pairs that these leave out are those of the ordinary run: the best level, a thread of BLAS for each processor, the
 # newest NumPy, one's own Python, and Numba.
-ORDINARY = Combination("v4", 2, NEWEST, "own", "numba,test")
+ORDINARY = Combination("v4", 2, NEWEST, "own", ("c", "numba", "numpy"))
 COMBINATIONS = {
     "base-numpy1.26": Combination("base", 1, OLDEST, "own"),
     "base-numpy2": Combination("base", 2, NEWEST, "newer"),
     "v3-numpy1.26": Combination("v3", 2, OLDEST, "own"),
     "v3-numpy2": Combination("v3", 1, NEWEST, "newer"),
-    "v4-numpy1.26": Combination("v4", 1, OLDEST, "newer", "numba,test"),
+    "v4-numpy1.26": Combination("v4", 1, OLDEST, "newer", ("c", "numba", "numpy")),
 }
 
 # What is installed beside the project, and the newest Python for which these releases were built.
@@ -98,7 +98,8 @@ def main() -> int:
 
 def in_words(c: Combination) -> str:
     python = "this Python" if c.python == "own" else "a newer Python, if there is one"
-    return f"kernels for {c.level}, {c.threads} thread(s) of BLAS, the {c.numpy} NumPy, {python}, extras {c.extras}"
+    backends = ", ".join(c.backends)
+    return f"{c.level} kernels, {c.threads} thread(s) of BLAS, the {c.numpy} NumPy, {python}; backends {backends}"
 
 
 def repeated(name: str, c: Combination, pythons: dict[tuple[int, int], str]) -> tuple[bool, str]:
@@ -112,7 +113,7 @@ def repeated(name: str, c: Combination, pythons: dict[tuple[int, int], str]) -> 
     if c.python == "newer" and version == sys.version_info[:2]:
         print("No newer Python that this NumPy supports was found here: the tests run under the same one.", flush=True)
     copy_project(folder)
-    python = make_environment(folder, pythons[version], c.extras, requirements)
+    python = make_environment(folder, pythons[version], c.backends, requirements)
     levels = answer(folder, python, "from minikd.kernels import native; print(*native.cpu_levels())").split()
     if c.level not in levels:
         return True, f"left out: this processor runs {', '.join(levels)}"
@@ -183,10 +184,11 @@ def copy_project(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
-def make_environment(folder: Path, python: str, extras: str, requirements: Iterable[str]) -> Path:
-    """An environment in the folder with the project, its extras and these requirements; its Python."""
+def make_environment(folder: Path, python: str, backends: Iterable[str], requirements: Iterable[str]) -> Path:
+    """An environment in the folder with the project, what these backends need, and these requirements; its Python."""
     subprocess.run([python, "-m", "venv", ".venv"], cwd=folder, check=True)
     ours = folder / ".venv" / "bin" / "python"
+    extras = "numba,test" if "numba" in backends else "test"
     install = [ours, "-m", "pip", "install", "-q", "-e", f".[{extras}]", *requirements]
     subprocess.run(install, cwd=folder, env=clean() | {"MINIKD_REQUIRE_C": "1"}, check=True)
     return ours
@@ -209,15 +211,13 @@ def answer(folder: Path, python: Path, code: str) -> str:
 def run_tests(folder: Path, python: Path, c: Combination) -> bool:
     """Run the tests in the folder; whether all passed. The command is printed, so that it can be given by hand."""
     tuned = {"MINIKD_CPU": c.level, "OPENBLAS_NUM_THREADS": str(c.threads), "MINIKD_REQUIRE_C": "1"}
-    tests = [f"tests/test_{name}.py" for group in TESTS.values() for name in group if has_extras(name, c.extras)]
-    command = [".venv/bin/python", "-m", "pytest", *in_parallel(folder, python), "--junitxml=tests.xml", *tests]
+    backends = [f"--minikd-backend={name}" for name in c.backends]
+    tests = [f"tests/test_{name}.py" for group in TESTS.values() for name in group]
+    pytest = [".venv/bin/python", "-m", "pytest", *in_parallel(folder, python), "--junitxml=tests.xml"]
+    command = [*pytest, *backends, *tests]
     settings = " ".join(f"{name}={value}" for name, value in tuned.items())
     print(f"+ cd {shlex.quote(str(folder))} && {settings} {shlex.join(command)}", flush=True)
     return subprocess.run(command, cwd=folder, env=clean() | tuned, check=False).returncode == 0
-
-
-def has_extras(name: str, extras: str) -> bool:
-    return name != "jit" or "numba" in extras.split(",")
 
 
 def in_parallel(folder: Path, python: Path) -> list[str]:

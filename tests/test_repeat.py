@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+from minikd.kernels import BACKENDS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -36,13 +38,16 @@ def test_each_pair_of_values_comes_in_a_combination_or_in_the_ordinary_run(repea
     assert len(repeat.COMBINATIONS) <= 5
 
 
+def test_each_backend_is_tried_with_the_oldest_and_the_newest_numpy(repeat: ModuleType) -> None:
+    tried = {(b, c.numpy) for c in (repeat.ORDINARY, *repeat.COMBINATIONS.values()) for b in c.backends}
+    assert tried == set(itertools.product(BACKENDS, (repeat.OLDEST, repeat.NEWEST)))
+
+
 def test_the_oldest_releases_are_those_that_the_project_declares(repeat: ModuleType) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     oldest = [requirement.replace("==", ">=").removesuffix(".0") for requirement in repeat.RELEASES[repeat.OLDEST][0]]
     assert set(project["dependencies"]) <= set(oldest)
     assert project["requires-python"] == ">=" + ".".join(map(str, repeat.FIRST_PYTHON))
-    for c in repeat.COMBINATIONS.values():
-        assert set(c.extras.split(",")) <= set(project["optional-dependencies"])
 
 
 def test_every_file_of_tests_that_is_named_is_there_and_named_once(repeat: ModuleType) -> None:
