@@ -104,6 +104,19 @@ def test_what_pytest_wrote_is_told_in_numbers(repeat: ModuleType, tmp_path: Path
     assert repeat.counts(found) == "1 passed, 2 failed, 1 skipped"
 
 
+def test_the_page_shows_the_combinations_that_there_are(repeat: ModuleType) -> None:
+    page = (ROOT / "docs" / "proving.md").read_text("utf-8")
+    kernels = {"base": "baseline", "v3": "AVX2", "v4": "AVX-512"}
+    rows = dict(re.findall(r"^\| `([\w.-]+)` \| (.*) \|$", page.split("\n## ")[1], re.M))
+    assert list(rows) == list(repeat.COMBINATIONS)
+    for name, c in repeat.COMBINATIONS.items():
+        level, threads, numpy, python, backends = rows[name].split(" | ")
+        assert (level, threads) == (kernels[c.level], str(c.threads))
+        assert numpy.startswith("1.26.0") == (c.numpy == repeat.OLDEST)
+        assert python.startswith("newest") == (c.python == "newer")
+        assert backends.lower().split(", ") == list(c.backends)
+
+
 def test_the_list_names_every_combination(repeat: ModuleType) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "repeat.py", "--list"], capture_output=True, text=True, check=True
