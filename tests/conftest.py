@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import os
@@ -30,6 +31,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 # Where minikd is installed, pytest has found its plugin already.
 _INSTALLED = any(point.name == "minikd" for point in importlib.metadata.entry_points(group="pytest11"))
 pytest_plugins = [] if _INSTALLED else ["minikd.testing.plugin"]
+
+
+def pytest_collection_finish() -> None:
+    """Take modules and collected tests out of Python's garbage collections, which many tests ask for."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Give them back to a process that goes on."""
+    gc.unfreeze()
 
 
 @pytest.fixture
