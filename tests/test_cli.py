@@ -444,6 +444,28 @@ def test_a_second_ctrl_c_ends_at_once(
     assert capsys.readouterr().err == "\nminikd distill: interrupted.\n"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs signals of POSIX")
+def test_a_request_to_end_is_heeded_where_ctrl_c_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is in what a shell's script starts in the background."""
+    asked = []
+
+    def train(experiment: Any) -> None:
+        asked.append(experiment)
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("the training goes on")
+
+    monkeypatch.setattr(cli.Experiment, "run", train)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert cli.main(["distill", *SMALL, "--quiet", "--out", str(tmp_path / "run")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(asked) == 1
+    assert "minikd distill: interrupted." in capsys.readouterr().err
+
+
 # --- where it writes to ---
 
 
