@@ -6,7 +6,6 @@ that its first tests kill costs a few hundredths of a second. Names, results and
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import resource
@@ -56,8 +55,6 @@ class Trials:
         if session.testsfailed:
             return None  # pytest's own loop says which files cannot be collected
         self.items, self.plugins = {item.nodeid: item for item in session.items}, session.config.pluginmanager
-        gc.collect()
-        gc.freeze()  # what is here now is never looked at again, so that processes go on sharing its memory
         self.expect(NONE, SURVIVED, "The tests fail on the code as it is, one after the other as mutants are tried.")
         self.expect(FAIL, KILLED, "The tests do not notice functions that raise: is another copy of minikd imported?")
         for name in self.names:

@@ -16,14 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minikd as kd
+from minikd import cli, schedules
 from minikd.augmentation import Shift
 from minikd.checkpoints import Checkpoint, Checkpoints
 from minikd.data.batches import balanced_batches
 from minikd.errors import ArgumentError, DivergenceError, ModelFormatError, OutputError, ShapeError
 from minikd.nn import MLP
-from minikd.objectives import HardLabels, SoftLabels
+from minikd.objectives import HardLabels, Hints, SoftLabels
 from minikd.peers import Peers
-from minikd.training import Epoch, StepReport, Training, endless_batches, fit
+from minikd.training import Epoch, StepReport, Training, endless_batches, fit, outputs_by_layer
 
 KILLS = int(os.environ.get("MINIKD_KILLS", "4"))  # of a run, at random moments; the long loop is 50
 
@@ -176,6 +177,7 @@ def test_a_wrong_number_of_steps_between_checkpoints_is_refused(tmp_path: Path) 
 # --- a command that is killed ---
 
 QUICK = ["--teacher", "24", "--student", "6", "--teacher-epochs", "4", "--epochs", "6", "--labels", "50"]
+QUICK += ["--seeds", "0-1", "--checkpoint-every", "5"]
 RUN = [sys.executable, "-m", "minikd", "distill", "--quiet"]
 RESULTS = ("history.csv", "history.jsonl", "teacher.safetensors", "student.safetensors", "config.toml")
 
@@ -192,22 +194,28 @@ def command(*arguments: str, after: float | None = None) -> tuple[int, str]:
         return process.returncode, said
 
 
-def test_runs_that_are_killed_at_random_moments_end_with_the_same_bytes(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The folder of a run that nothing disturbed, and the seconds that it took."""
+    folder, began = tmp_path_factory.mktemp("runs") / "whole", time.monotonic()
+    assert command(*QUICK, "--out", str(folder)) == (0, "")
+    return folder, time.monotonic() - began
+
+
+def test_runs_that_are_killed_at_random_moments_end_with_the_same_bytes(
+    whole: tuple[Path, float], tmp_path: Path
+) -> None:
     """As many kills as KILLS says; a run that came to its end is compared, and another one is begun."""
-    settings = [*QUICK, "--seeds", "0-1", "--checkpoint-every", "5"]
-    whole, moments, kills = tmp_path / "whole", random.Random(7), 0
-    began = time.monotonic()
-    assert command(*settings, "--out", str(whole)) == (0, "")
-    seconds = time.monotonic() - began
+    (undisturbed, seconds), moments, kills = whole, random.Random(7), 0
     while kills < KILLS:
         killed, status = tmp_path / f"killed-{kills}", -signal.SIGKILL
         while status == -signal.SIGKILL:
             begun = (killed / "config.toml").exists()
-            arguments = ["--resume", str(killed)] if begun else [*settings, "--out", str(killed)]
+            arguments = ["--resume", str(killed)] if begun else [*QUICK, "--out", str(killed)]
             status, said = command(*arguments, after=moments.uniform(0.3, 1.0) * seconds if kills < KILLS else None)
             kills += status == -signal.SIGKILL
         assert status == 0 or "one that is complete" in said, said
-        assert_same_run(killed, whole)
+        assert_same_run(killed, undisturbed)
         seconds *= 0.9  # it came to its end before it was killed: the moments were too late
 
 
@@ -220,16 +228,17 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in theirs.iterdir())
 
 
-def test_resuming_refuses_settings_beside_it_and_folders_without_a_stopped_run(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    assert command(*QUICK, "--seeds", "0", "--out", str(out))[0] == 0
+def test_resuming_refuses_settings_beside_it_and_folders_without_a_stopped_run(
+    whole: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    complete = str(whole[0])
     for arguments, message in (
-        (["--resume", str(out), "--lr", "1"], "--lr must be left out beside --resume"),
-        (["--resume", str(out)], "got one that is complete"),
+        (["--resume", complete, "--lr", "1"], "--lr must be left out beside --resume"),
+        (["--resume", complete], "got one that is complete"),
         (["--resume", str(tmp_path / "none")], "one without config.toml"),
     ):
-        status, said = command(*arguments)
-        assert (status, message in said) == (2, True), said
+        assert cli.main(["distill", "--quiet", *arguments]) == 2
+        assert message in capsys.readouterr().err
 
 
 # --- what it tells ---
@@ -415,3 +424,88 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file"):
         Checkpoints(tmp_path / "file" / "checkpoints").training("a")
+
+
+# --- what is refused before anything is trained, and what is said of a step that spoils the weights ---
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"objective": SoftLabels()}, "teacher_logits must be there for an objective that compares with a teacher"),
+        ({"objective": Hints(pairs=(("0", "0"),))}, "teacher_features must be the teacher's layers .*, got none of 0"),
+        ({"sampling": "random"}, "sampling must be one of shuffled, balanced, got 'random'"),
+        ({"patience": 3}, "validation must be there for early stopping, got None"),
+    ],
+)
+def test_what_a_training_needs_and_was_not_given_is_refused(options: dict[str, Any], words: str, rows: Any) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        fit(network(), *rows[:2], epochs=1, **options)
+
+
+def test_a_training_without_a_teacher_needs_a_label_and_rows_need_one_another(rows: Any) -> None:
+    x, y, soft = rows
+    with pytest.raises(ArgumentError, match="y must be at least one label where there is no teacher, got none"):
+        fit(network(), x, np.full_like(y, -1), epochs=1)
+    with pytest.raises(ShapeError, match="x, y and teacher_logits must be of the same length, got 150 and 150 and 149"):
+        fit(network(), x, y, soft[:-1], epochs=1)
+
+
+def test_a_step_that_is_too_large_is_said_to_be_with_the_parameter_that_it_spoils(rows: Any) -> None:
+    x, y, _ = rows
+    with pytest.raises(DivergenceError, match="the step itself is too large, first in the parameter") as caught:
+        fit(network(), 100 * x, y, epochs=2, optimizer="sgd", lr=3e38, schedule="constant")
+    assert "weights that are not finite" in str(caught.value)
+
+
+def test_each_layer_of_each_peer_is_looked_at_and_a_module_of_ones_own_as_a_whole(rows: Any) -> None:
+    class Own(kd.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x: Any) -> Any:
+            return self.inner(x)
+
+    x, own = rows[0][:5], Own()
+    found = outputs_by_layer(Peers([network(1), network(2)]), x)
+    assert len({name.split(".")[0] for name in found}) == 2
+    assert all(len(array) == 5 for array in found.values())
+    assert list(outputs_by_layer(own, x)) == ["the last"]
+    assert own.training
+
+
+# --- schedules ---
+
+
+def test_a_product_of_schedules_is_the_product_of_their_factors_and_a_text_of_both() -> None:
+    both = schedules.parse("warmup(0.5) * step(0.1, 0.25)")
+    first, second = schedules.Warmup(0.5), schedules.Step(0.1, 0.25)
+    for progress in (0.0, 0.2, 0.5, 0.8, 1.0):
+        assert both(progress) == first(progress) * second(progress)
+    assert str(both) == f"{first} * {second}"
+    assert str(schedules.parse(str(both))) == str(both)
+    assert second(0.8) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("2", "a schedule, got '2'"),
+        ("warmup(2)", r"share must be a share of the training in \(0, 1\], got 2"),
+        ("step(0.5, 0)", r"every must be a share of the training in \(0, 1\], got 0"),
+        ("linear(-1, 1)", "a schedule of finite factors from 0, got one that gives -1"),
+        (3, "a function of progress or its text, got 3"),
+        ("warmup", "got warmup without its brackets. Did you mean warmup"),
+        ("cosin()", r"got the unknown name cosin. Did you mean cosine\(\)"),
+        ("xyz()", "got the unknown name xyz. Write, for example"),
+        ("cosine(", r"got 'cosine\('"),
+        ("cosine(1, 2, 3, 4, 5)", "cosine"),
+        ("'a' * 3", "str is no factor"),
+        ("cosine(" + "1" * 10_000 + ")", "10,008 characters"),
+    ],
+)
+def test_what_is_no_schedule_is_refused_in_words(value: Any, words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        schedules.as_schedule("a test", "schedule", value)
+    assert schedules.as_schedule("a test", "schedule", "") is None
