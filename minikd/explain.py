@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from minikd.kernels import join
+from minikd.kernels.arrays import is_writable, synchronize
 from minikd.kernels.recording import Buffer, Recorded, written
 from minikd.ops import OPS
 from minikd.plan import Plan
@@ -124,7 +125,7 @@ def measure(plan: Plan) -> list[float]:
         return [_seconds(call) for call in plan.bound]
     finally:
         for array, values in zip(kept, saved, strict=True):
-            if array.flags.writeable:
+            if is_writable(array):
                 array[...] = values
 
 
@@ -138,12 +139,14 @@ def _seconds(call: Any) -> float:
 
 
 def _time(part: Any, repeats: int) -> float:
+    synchronize()
     started = time.perf_counter()
     if hasattr(part, "repeat"):
         part.repeat([], [], repeats)  # without a look at Python in between
     else:
         for _ in range(repeats):
             part()
+    synchronize()
     return time.perf_counter() - started
 
 
