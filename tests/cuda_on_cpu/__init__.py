@@ -30,19 +30,16 @@ _DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\(\d+\)\s*)?([\w ]+?)\
 _MESSAGE = 512
 
 # No contraction, as the sources are compiled for a card with --fmad=false; nothing of the speed matters here.
-OPTIONS = (
-    "-std=c++17",
-    "-O1",
-    "-g0",
-    "-fPIC",
-    "-shared",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
+OPTIONS = ("-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off")
+WARNINGS = (
     "-Wall",
     "-Wextra",
     "-Werror",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-function",
+    "-Wno-unused-variable",
+    "-Wno-unused-parameter",
 )
-QUIET = ("-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-variable", "-Wno-unused-parameter")
 
 
 class LaunchError(Exception):
@@ -101,7 +98,7 @@ def build(code: str, options: tuple[str, ...], extra: tuple[str, ...] = ()) -> P
         source = library.with_suffix(".cpp")
         entries = "\n".join(f"CUDA_ON_CPU_KERNEL({name})" for name in names)
         source.write_text(as_cpp(code) + entries + "\n", "utf-8")
-        command = ["g++", *OPTIONS, *QUIET, *kept, *extra, str(source), "-o", str(library)]
+        command = ["g++", *OPTIONS, *WARNINGS, *kept, *extra, str(source), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise LaunchError(f"the source cannot be compiled:\n{done.stderr}")
