@@ -17,6 +17,17 @@ import numpy as np
 
 from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError
 from minikd.kernels import composed
+from minikd.kernels.arrays import (
+    HOST_KINDS,
+    here,
+    host_number,
+    is_writable,
+    load_cupy,
+    misplaced,
+    module_of,
+    on_device,
+    taken_in,
+)
 from minikd.kernels.launch import Call, Launch, Launcher, Memo, as_arrays, binding_anew, look_of
 from minikd.kernels.recording import LAYOUT, anybody_records, recorder, traced
 from minikd.kernels.reference import bind_reference
@@ -31,12 +42,14 @@ class Backend:
     """Where a backend's kernels are: a module with `unavailable()`, `NAMES` and `binder(name)`.
 
     A module whose calls can be given other buffers also has `launcher(name)`, which takes buffers and attributes and
-    makes a `Launch`. `requires` is the distribution that is looked for without importing it.
+    makes a `Launch`. `requires` is the package that is looked for without importing it, `extra` what installs it, and
+    `chosen_by_itself` whether it may be the default where nobody asks for another.
     """
 
     module: str
     requires: str
     extra: str
+    chosen_by_itself: bool = True
 
     def missing(self) -> str:
         """Why this backend cannot run here, or an empty text if it can."""
@@ -45,11 +58,13 @@ class Backend:
         return str(importlib.import_module(self.module).unavailable())
 
 
-# In the order in which the default is chosen. A new backend is one line here and one module.
+# In the order in which the default is chosen. A new backend is one line here and one module. Only "cupy" computes
+# elsewhere than in NumPy's arrays, so it is used where somebody asks for it.
 BACKENDS: dict[str, Backend] = {
     "c": Backend("minikd.kernels.native", "", ""),
     "numba": Backend("minikd.kernels.jit", "numba", "numba"),
     "numpy": Backend("minikd.kernels.reference", "", ""),
+    "cupy": Backend("minikd.kernels.cuda", "cupy", "cupy", chosen_by_itself=False),
 }
 
 
@@ -79,10 +94,13 @@ class _InUse:
     It is replaced as a whole, so that a thread that is under way with the backend before adds nothing to this one.
     """
 
-    __slots__ = ("launchers", "launches", "name", "prepared")
+    __slots__ = ("array", "empty", "launchers", "launches", "name", "prepared", "xp")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.xp: Any = load_cupy() if name == "cupy" else np  # its array module, and what it makes arrays with
+        self.array: Any = self.xp.ndarray
+        self.empty: Any = self.xp.empty
         self.launchers: dict[str, Launcher] = {}
         self.launches = Memo()  # by kernel, attributes and the look of all its buffers
         self.prepared = Memo()  # by operation, attributes and the look of its inputs
@@ -95,9 +113,9 @@ class _InUse:
             if name in module.NAMES:
                 found = module.launcher(name) if hasattr(module, "launcher") else binding_anew(module.binder(name))
             elif name in composed.KERNELS:
-                found = binding_anew(composed.binder(name, self.run))
+                found = binding_anew(composed.binder(name, self.run, self.xp))
             else:
-                found = binding_anew(bind_reference(name))
+                found = binding_anew(bind_reference(name, self.xp))
             self.launchers[name] = found
         return found
 
@@ -125,7 +143,9 @@ _in_use: list[_InUse] = []  # one, once a backend was chosen
 
 
 def use_backend(name: str) -> None:
-    """Compute with this backend from now on: "c", "numba" or "numpy".
+    """Compute with this backend from now on: "c", "numba" or "numpy", or "cupy" on the current GPU.
+
+    Models and tensors stay where they are: on "cupy" those that were made before are moved with `to("cupy")`.
 
     Raises
     ------
@@ -138,7 +158,9 @@ def use_backend(name: str) -> None:
         usable = [n for n in BACKENDS if not BACKENDS[n].missing()]
         expected = f"a backend that runs here ({', '.join(usable)})"
         raise BackendError("use_backend", "name", expected=expected, got=repr(name), fix=f"Reason: {reason}.")
-    _in_use[:] = [_InUse(name)]
+    used = _InUse(name)
+    _in_use[:] = [used]
+    here.change(used.xp)
     LAYOUT.changed()
 
 
@@ -164,7 +186,8 @@ def _choose_first() -> None:
     if not wanted:
         if any(os.environ.get("MINIKD_" + what) for what in ("CPU", "NUM_THREADS", "PRODUCTS")):
             importlib.import_module(BACKENDS["c"].module).heed_environment()  # never silently slower than was asked for
-        use_backend(next(name for name in BACKENDS if not BACKENDS[name].missing()))
+        ready = (name for name, backend in BACKENDS.items() if backend.chosen_by_itself and not backend.missing())
+        use_backend(next(ready))
         return
     try:
         use_backend(wanted)
@@ -174,7 +197,7 @@ def _choose_first() -> None:
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Each backend's name with what it can do here; imports neither Numba nor CuPy."""
+    """Each backend's name with what it can do here. What is not installed is not imported."""
     try:
         current = current_backend()
     except BackendError:  # what the environment asks for is not to be had: then none is in use yet
@@ -260,12 +283,21 @@ def _check(op: Op, arguments: Sequence[Argument], buffers: Sequence[Any], writte
             dtype = real = buffer.dtype if buffer.dtype in FLOATS else FLOATS[0]
         if buffer.dtype != dtype:
             raise DTypeError(op.name, argument.name, expected=f"an array of {dtype}", got=str(buffer.dtype))
-        if argument.role in written and not buffer.flags.writeable:
+        refuse_elsewhere(op.name, argument, buffer)
+        if argument.role in written and not is_writable(buffer):
             raise ShapeError(op.name, argument.name, expected="writable", got="a read-only array")
         if not buffer.flags.c_contiguous:
             raise ShapeError(op.name, argument.name, expected="C-contiguous", got=f"strides {buffer.strides}")
         shapes.append(buffer.shape)
     return shapes
+
+
+def refuse_elsewhere(where: str, argument: Argument, buffer: Any) -> None:
+    """Refuse a buffer that does not lie where the backend computes, or a number that does not lie on the host."""
+    if argument.kind in HOST_KINDS:
+        host_number(where, argument.name, buffer)
+    elif not isinstance(buffer, _current().array):
+        raise misplaced(where, argument.name, buffer)
 
 
 # --- running one operation eagerly ---
@@ -276,14 +308,19 @@ def input_arguments(op: Op, count: int) -> Sequence[Argument]:
     return [op.inputs[0]] * count if op.variadic else op.inputs
 
 
+def as_array(value: Any) -> Any:
+    """`value` as an array: of CuPy as it is, anything else as NumPy makes one of it."""
+    return value if on_device(value) else np.asarray(value)
+
+
 def as_real(where: str, argument: str, value: Any, other: Any = np.float32) -> Any:
-    """`value` as a float32 or float64 array; float16, integers and booleans become `other`.
+    """`value` as a float32 or float64 array; float16, integers and booleans become `other`. Arrays stay where they are.
 
     Raises
     ------
     DTypeError : any other dtype (complex, object, text).
     """
-    array = np.asarray(value)
+    array = as_array(value)
     if array.dtype in FLOATS:
         return array
     native = array.dtype.newbyteorder("=")
@@ -298,19 +335,19 @@ def as_real(where: str, argument: str, value: Any, other: Any = np.float32) -> A
 
 
 def as_index(where: str, argument: str, value: Any) -> Any:
-    """`value` as an int64 array; any integer dtype is accepted."""
-    array = np.asarray(value)
+    """`value` as an int64 array; any integer dtype is accepted. Arrays stay where they are."""
+    array = as_array(value)
     if array.dtype.kind not in "iu":
         fix = "Class ids are whole numbers; convert them with .astype(int)."
         raise DTypeError(where, argument, expected="an array of integers", got=str(array.dtype), fix=fix)
     if array.dtype.itemsize == 8 and array.dtype.kind == "u":  # what int64 cannot hold stays too large, and is refused
-        array = np.minimum(array, np.uint64(np.iinfo(np.int64).max))
+        array = module_of(array).minimum(array, np.uint64(np.iinfo(np.int64).max))
     return array.astype(np.int64, copy=False)
 
 
 def as_bytes(where: str, argument: str, value: Any) -> Any:
     """`value` as a uint8 array; no other dtype is accepted, because a conversion would change numbers silently."""
-    array = np.asarray(value)
+    array = as_array(value)
     if array.dtype != np.uint8:
         raise DTypeError(where, argument, expected="an array of uint8", got=str(array.dtype))
     return array
@@ -325,6 +362,17 @@ _CONVERT: dict[str, Callable[[str, str, Any], Any]] = {
 }
 
 
+def operand(where: str, argument: str, value: Any, real: Any) -> Any:
+    """`value` as a C-contiguous array of the dtype `real` where the backend computes; numbers are copied there.
+
+    Raises
+    ------
+    DTypeError : complex numbers, objects, text.  BackendError : an array that lies elsewhere.
+    """
+    array = as_real(where, argument, value, real).astype(real, order="C", copy=False)
+    return taken_in(where, argument, value, array)
+
+
 def prepare(op: Op, inputs: Sequence[Any], real: np.dtype[Any] | None = None) -> tuple[list[Any], np.dtype[Any]]:
     """The inputs as contiguous arrays of the kinds that the signature names, and the operation's real dtype.
 
@@ -336,15 +384,20 @@ def prepare(op: Op, inputs: Sequence[Any], real: np.dtype[Any] | None = None) ->
     arrays: list[Any] = []
     for argument, value in zip(arguments, inputs, strict=True):
         wanted = KINDS[argument.kind] or real
-        if value is None or (type(value) is np.ndarray and value.dtype == wanted and value.flags.c_contiguous):
+        own = np.ndarray if argument.kind in HOST_KINDS else here.array
+        if value is None or (type(value) is own and value.dtype == wanted and value.flags.c_contiguous):
             arrays.append(value)
         elif type(value) is float and argument.kind == "scalar":
             arrays.append(value)  # launches take it as it is
         elif argument.kind == "real":
-            array = as_real(op.name, argument.name, value, real)
-            arrays.append(array.astype(real, order="C", copy=False))
-        else:
+            arrays.append(operand(op.name, argument.name, value, real))
+        elif argument.kind in HOST_KINDS:
+            host_number(op.name, argument.name, value)
             arrays.append(np.asarray(_CONVERT[argument.kind](op.name, argument.name, value), order="C"))
+        else:
+            array = _CONVERT[argument.kind](op.name, argument.name, value)
+            array = taken_in(op.name, argument.name, value, array)
+            arrays.append(array if array.flags.c_contiguous else here.xp.ascontiguousarray(array))
     writing = recorder()
     if writing is not None:
         for argument, value, array in zip(arguments, inputs, arrays, strict=True):
@@ -370,22 +423,23 @@ class Prepared:
     save : False leaves out the saved values that are optional, and with them their work.
     """
 
-    __slots__ = ("attrs", "launch", "name", "real", "written")
+    __slots__ = ("attrs", "empty", "launch", "name", "real", "written")
 
     def __init__(
         self, op: Op, inputs: Sequence[Any], attrs: dict[str, Any], save: bool, real: np.dtype[Any], used: _InUse
     ) -> None:
         self.name, self.attrs = op.name, attrs
-        outs, saved = op.infer([None if x is None else np.shape(x) for x in inputs], attrs)
+        self.empty = np.empty if all(a.kind in HOST_KINDS for a in op.outs) else used.empty
+        outs, saved = op.infer([None if x is None else getattr(x, "shape", ()) for x in inputs], attrs)
         kept = [s if save or not a.optional else None for a, s in zip(op.saved, saved, strict=True)]
         declared = zip((*op.outs, *op.saved), (*outs, *kept), strict=True)
         self.real, self.written = real, [None if s is None else (s, KINDS[a.kind] or real) for a, s in declared]
-        written = [None if w is None else np.empty(*w) for w in self.written]
+        written = [None if w is None else self.empty(*w) for w in self.written]
         self.launch = used.launch(op.name, (*written, *inputs), attrs)
 
     def run(self, inputs: Sequence[Any], gradient: Any = None) -> list[Any]:
         """The outputs and behind them the saved values; `gradient` is an array for the last, if not a fresh one."""
-        empty = np.empty
+        empty = self.empty
         fresh = self.written if gradient is None else self.written[:-1]
         written = [None if w is None else empty(*w) for w in fresh]
         if gradient is not None:
@@ -407,9 +461,9 @@ def recall(name: str, inputs: Sequence[Any], attrs: dict[str, Any], save: bool =
     Inputs of such a look went through all checks before; what is left to check are values. `attrs` are all attributes,
     in the order of the table.
     """
-    if type(inputs[0]) is not np.ndarray or (anybody_records and recorder() is not None):
-        return None  # what is recorded goes the long way, on which results are traced
     used = _in_use[0] if _in_use else _current()
+    if type(inputs[0]) is not used.array or (anybody_records and recorder() is not None):
+        return None  # what is recorded goes the long way, on which results are traced
     found: Prepared | None = used.prepared.recall((name, save, *attrs.values(), *look_of(inputs)))
     return found
 

@@ -1,0 +1,98 @@
+"""The backend "cupy" on a strict stand-in for CuPy: what is computed there, what moves, and what is refused.
+
+No GPU is needed. The stand-in refuses hidden copies; that it asks of CuPy only what CuPy has is compared with the real
+one where that is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from standin import cupy as standin
+
+import minikd as kd
+from minikd import functional as F
+from minikd.kernels import composed, current_backend, execute, input_arguments, run
+from minikd.kernels.arrays import HOST_KINDS, on_device, to_device, to_host
+from minikd.ops import OPS, Op
+
+
+@pytest.fixture
+def cupy() -> Iterator[Any]:
+    """The stand-in as cupy, and its backend in use."""
+    before = current_backend()
+    with standin.installed() as module:
+        kd.use_backend("cupy")
+        try:
+            yield module
+        finally:
+            kd.use_backend(before)
+
+
+def moved(op: Op, inputs: list[Any]) -> list[Any]:
+    """An operation's inputs where the backend "cupy" takes them: numbers stay on the host."""
+    arguments = input_arguments(op, len(inputs))
+    return [
+        x if x is None or a.kind in HOST_KINDS else to_device(np.asarray(x))
+        for a, x in zip(arguments, inputs, strict=True)
+    ]
+
+
+# --- the table of operations ---
+
+COMPUTED = [name for name, op in OPS.items() if not op.updates and op.outs[0].kind not in HOST_KINDS]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", COMPUTED)
+def test_an_operation_on_the_device_has_the_bits_of_its_reference(name: str, dtype: Any, cupy: Any) -> None:
+    op = OPS[name]
+    for inputs, attrs in op.example(np.random.default_rng(5), dtype):
+        kd.use_backend("numpy")
+        outs, saved, _ = execute(op, inputs, attrs)
+        kd.use_backend("cupy")
+        given = moved(op, inputs)
+        cupy.COPIES.reset()
+        found, kept, _ = execute(op, given, attrs)
+        assert (cupy.COPIES.to_host, cupy.COPIES.to_device) == (0, 0)
+        for mine, wanted in zip([*found, *kept], [*outs, *saved], strict=True):
+            if wanted is None:
+                assert mine is None
+            elif name in composed.KERNELS:  # which adds up in another order there
+                np.testing.assert_allclose(
+                    to_host(mine), wanted, rtol=1e-4 if dtype is np.float32 else 1e-12, atol=1e-5
+                )
+            else:
+                assert on_device(mine)
+                assert to_host(mine).tobytes() == np.asarray(wanted).tobytes()
+
+
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.updates])
+def test_an_update_on_the_device_has_the_bits_of_its_reference(name: str, cupy: Any) -> None:
+    op, rng = OPS[name], np.random.default_rng(6)
+    for inputs, attrs in op.example(rng, np.float32):
+        shape = np.shape(inputs[0]) if inputs else (4, 3) if "m" in op.letters else (12,)
+        host: list[Any] = [
+            np.array(3) if a.kind in HOST_KINDS else rng.uniform(0, 1, shape).astype(np.float32) for a in op.updates
+        ]
+        device = [x.copy() if a.kind in HOST_KINDS else to_device(x) for a, x in zip(op.updates, host, strict=True)]
+        run(name, *device, *moved(op, inputs), **attrs)
+        kd.use_backend("numpy")
+        run(name, *host, *(np.asarray(x) for x in inputs), **attrs)
+        kd.use_backend("cupy")
+        for mine, wanted in zip(device, host, strict=True):
+            assert to_host(mine).tobytes() == wanted.tobytes()
+
+
+def test_a_tensor_is_made_on_the_device_and_its_gradient_comes_from_there(cupy: Any) -> None:
+    x = kd.Tensor(np.arange(6.0).reshape(2, 3), requires_grad=True)
+    loss = F.cross_entropy(x @ np.ones((3, 3)).tolist(), [0, 2])
+    loss.backward()
+    assert on_device(x.array)
+    assert on_device(loss.array)
+    assert x.grad is not None
+    assert on_device(x.grad.array)
+    np.testing.assert_allclose(x.grad.numpy(), np.zeros((2, 3)), atol=1e-12)
