@@ -145,7 +145,14 @@ def test_a_kernel_by_itself_and_one_beside_what_cannot_be_captured_are_launched_
     def product(a: Any, b: Any, out: Any) -> None:
         found.append("product")
 
-    calls = [advancing(counter), kernels[0], Product(product, 1, 2, 3), kernels[1], kernels[2], lambda: found.append("f")]
+    calls = [
+        advancing(counter),
+        kernels[0],
+        Product(product, 1, 2, 3),
+        kernels[1],
+        kernels[2],
+        lambda: found.append("f"),
+    ]
     parts = join([*calls, kernels[3]])
     assert [type(p) for p in parts] == [OnHost, Kernel, Product, GraphSequence, type(lambda: 0), Kernel]
     for part in parts:
@@ -182,9 +189,7 @@ def test_what_cannot_be_captured_after_all_runs_as_it_is_and_leaves_no_stream_be
         capture(lambda: standin.ndarray((3,), np.float32))
 
 
-def test_products_become_parts_of_graphs_where_they_can_be_captured(
-    cupy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_products_become_parts_of_graphs_where_they_can_be_captured(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     a, out = standin.full((2, 2), 3.0, np.float32), standin.zeros((2, 2), np.float32)
     tried = []
 
