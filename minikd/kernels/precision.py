@@ -38,6 +38,8 @@ def rounded(x: np.ndarray, precision: str) -> np.ndarray:
 
 def emulated(precision: str) -> Multiply:
     """Products of rounded factors in NumPy: what tensor cores compute, but for the order of their sums."""
+    if precision == FULL:
+        return _full
 
     def multiply(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
         if out.dtype == np.float32:
@@ -45,3 +47,7 @@ def emulated(precision: str) -> Multiply:
         np.matmul(a, b, out=out)
 
     return multiply
+
+
+def _full(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    np.matmul(a, b, out=out)

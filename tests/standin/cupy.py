@@ -16,12 +16,13 @@ import sys
 import time
 import types
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
+
 from standin import cublas
 
 # --- what tests look at ---
