@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minikd.kernels import Call, bind, join
-from minikd.kernels.arrays import address, module_of, on_device
+from minikd.kernels.arrays import address, here, module_of, on_device
+from minikd.kernels.calls import OnHost
 from minikd.kernels.recording import ARGUMENT, CONSTANT, MADE, Buffer, Recorded, Recorder, Storage, written
 from minikd.ops import OPS
 
@@ -133,6 +134,12 @@ def lay_out(
     return place, total
 
 
+def _bound(call: Recorded, arrays: Sequence[Any]) -> Call:
+    """The call on these arrays; marked where the backend computes on a device, and the call on numbers of the host."""
+    bound = bind(call.name, *arrays, **call.attrs)
+    return OnHost(bound) if here.on_device and not any(map(on_device, arrays)) else bound
+
+
 def _bytes(b: Buffer) -> int:
     return math.prod(b.shape) * int(b.dtype.itemsize)
 
@@ -208,7 +215,7 @@ class Plan:
         found = [array_at(b) for b in wanted]
         self.results, self.lasting = found[: len(results)], found[len(results) :]
         self.arrays = [tuple(array_at(b) for b in call.buffers) for call in self.calls]
-        self.bound = [bind(c.name, *arrays, **c.attrs) for c, arrays in zip(self.calls, self.arrays, strict=True)]
+        self.bound = [_bound(call, arrays) for call, arrays in zip(self.calls, self.arrays, strict=True)]
         self.parts: list[Call] = join(self.bound)
         parameters = {recorder.place(tensor.array).storage for tensor in recorder.changed}
         changes = (k for k, c in enumerate(self.calls) if any(b.storage in parameters for b in written(c)))
