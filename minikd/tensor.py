@@ -266,6 +266,13 @@ class Tensor(tape.Recordable):
             gradients[...] = self._grad
             self._grad = gradients
 
+    def move_to(self, place: str) -> None:
+        """Live at this place from now on (see `to`), in no arena and without a gradient; nothing if it lives there."""
+        moved = placed("Tensor.move_to", self.array, place)
+        if moved is not self.array:
+            self.arena, self.array, self._place, self._grad = None, moved, None, None
+            self.changed_in_place()
+
     def gradient_place(self) -> Any:
         """Where the first gradient of a leaf is written, or None if it needs a buffer of its own."""
         return self._place if self.node is None and not self.has_gradient else None

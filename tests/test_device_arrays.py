@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from standin import cupy as standin
+from standin.cupy import COPIES
 
 import minikd as kd
 from minikd import functional as F
 from minikd.kernels import composed, current_backend, execute, input_arguments, run
-from minikd.kernels.arrays import HOST_KINDS, on_device, to_device, to_host
+from minikd.kernels.arrays import HOST_KINDS, here, on_device, to_device, to_host
 from minikd.ops import OPS, Op
 
 
@@ -96,3 +97,30 @@ def test_a_tensor_is_made_on_the_device_and_its_gradient_comes_from_there(cupy: 
     assert x.grad is not None
     assert on_device(x.grad.array)
     np.testing.assert_allclose(x.grad.numpy(), np.zeros((2, 3)), atol=1e-12)
+
+
+# --- training by hand ---
+
+
+def learned(optimizer: str, backend: str, steps: int = 4) -> dict[str, np.ndarray]:
+    """The weights of a small network after a few steps with dropout, clipping and a bound on the weights."""
+    kd.use_backend(backend)
+    rng = np.random.default_rng(7)
+    x, y = rng.normal(size=(12, 6)).astype(np.float32), rng.integers(0, 4, 12)
+    model = kd.nn.MLP([6, 8, 4], activation="gelu", dropout=0.3, seed=1)
+    opt = kd.optim.OPTIMIZERS[optimizer](model.parameters(), 0.05, clip=0.5, max_norm=1.0)
+    batch, labels = kd.Tensor(x), here.put(y)
+    COPIES.reset()
+    for step in range(steps):
+        loss = F.distillation_loss(model(batch), batch @ model.layers[0].weight.T.detach()[:, :4], labels) * 0.5
+        opt.zero_grad()
+        opt.lr = 0.05 / (1 + step)
+        loss.backward()
+        opt.step()
+    return model.state_dict() | opt.state_dict()
+
+
+@pytest.mark.parametrize("optimizer", kd.optim.OPTIMIZERS)
+def test_a_network_learns_the_same_bits_on_the_device_as_by_numpy(optimizer: str, cupy: Any) -> None:
+    wanted, found = learned(optimizer, "numpy"), learned(optimizer, "cupy")
+    assert {name: value.tobytes() for name, value in found.items()} == {n: v.tobytes() for n, v in wanted.items()}

@@ -141,6 +141,11 @@ def to_host(array: Any) -> Any:
     return found
 
 
+def host_copy(array: Any) -> Any:
+    """A copy of an array in NumPy's memory, wherever it lies."""
+    return to_host(array) if on_device(array) else array.copy()
+
+
 def synchronize() -> None:
     """Wait until the current GPU has done all that was asked of it, and raise what it had to refuse meanwhile.
 
@@ -207,7 +212,9 @@ def taken_in(where: str, argument: str, value: Any, array: Any) -> Any:
     """
     if isinstance(array, here.array):
         return array
-    if isinstance(value, bool | int | float | np.generic | list | tuple):
+    if isinstance(value, bool | int | float | np.generic):
+        return here.xp.full((), array.item(), array.dtype)  # which copies nothing
+    if isinstance(value, list | tuple):
         return to_device(array)
     raise misplaced(where, argument, value)
 
@@ -215,9 +222,13 @@ def taken_in(where: str, argument: str, value: Any, array: Any) -> Any:
 def misplaced(where: str, argument: str, value: Any) -> BackendError:
     """The one error for an array that lies where the backend does not compute."""
     if on_device(value):
-        expected, fix = "a NumPy array under this backend", "Copy it with cupy.asnumpy, or use_backend('cupy')."
+        expected, fix = (
+            "a NumPy array under this backend",
+            "Copy it with cupy.asnumpy, move a model with model.to('cpu'), or use_backend('cupy').",
+        )
     else:
-        expected, fix = "a CuPy array under the backend cupy", "Copy it with cupy.asarray, or make a kd.Tensor of it."
+        expected = "a CuPy array under the backend cupy"
+        fix = "Copy it with cupy.asarray, or make a kd.Tensor of it; a model moves with model.to('cupy')."
     got = place_of(value) if is_array(value) else type(value).__name__
     return BackendError(where, argument, expected=expected, got=got, fix=fix)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from minikd import functional as F
+from minikd.kernels.arrays import here
 from minikd.kernels.recording import note_constant
 from minikd.objectives.labels import Softened
 from minikd.objectives.objective import Batch, Term, constant
@@ -158,10 +159,9 @@ def _squared_distances(x: Tensor) -> Tensor:
     return squares.maximum(floor)
 
 
-def _apart(x: Tensor) -> np.ndarray:
+def _apart(x: Tensor) -> Any:
     """1 for each pair of different rows and 0 for a row with itself."""
-    apart: np.ndarray = note_constant(1 - np.eye(x.shape[0], dtype=x.dtype))
-    return apart
+    return note_constant(1 - here.xp.eye(x.shape[0], dtype=x.dtype))
 
 
 def _huber(difference: Tensor) -> Tensor:
