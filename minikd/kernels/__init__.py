@@ -30,7 +30,7 @@ from minikd.kernels.arrays import (
 )
 from minikd.kernels.launch import Call, Launch, Launcher, Memo, as_arrays, binding_anew, look_of
 from minikd.kernels.precision import FULL, MANTISSA, Multiply, emulated
-from minikd.kernels.recording import LAYOUT, anybody_records, recorder, traced
+from minikd.kernels.recording import LAYOUT, anybody_records, plain, recorder, traced
 from minikd.kernels.reference import bind_reference
 from minikd.ops import OPS, Argument, Op, Shape
 from minikd.ops.op import KINDS
@@ -386,7 +386,7 @@ def input_arguments(op: Op, count: int) -> Sequence[Argument]:
 
 def as_array(value: Any) -> Any:
     """`value` as an array: of CuPy as it is, anything else as NumPy makes one of it."""
-    return value if on_device(value) else np.asarray(value)
+    return plain(value) if on_device(value) else np.asarray(value)
 
 
 def as_real(where: str, argument: str, value: Any, other: Any = np.float32) -> Any:
