@@ -19,6 +19,7 @@ _PUBLIC = {
     "compile": "minikd.steps",
     "backends": "minikd.kernels",
     "use_backend": "minikd.kernels",
+    "matmul_precision": "minikd.kernels",
     "threads": "minikd.kernels.threads",
     "distill": "minikd.distillation",
     "correct_bias": "minikd.bias",

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minikd.kernels import Call, bind, join
-from minikd.kernels.recording import ARGUMENT, CONSTANT, MADE, Buffer, Recorded, Recorder, written
+from minikd.kernels.arrays import address, here, module_of, on_device
+from minikd.kernels.calls import OnHost
+from minikd.kernels.recording import ARGUMENT, CONSTANT, MADE, Buffer, Recorded, Recorder, Storage, written
 from minikd.ops import OPS
 
 ALIGNMENT = 64  # bytes: a line of the cache, and the widest vector
@@ -57,11 +59,19 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def block_of(size: int) -> Any:
-    """So many bytes that begin at a line of the cache."""
-    block = np.empty(size + ALIGNMENT, np.uint8)
-    start = -block.ctypes.data % ALIGNMENT
+def block_of(size: int, xp: Any = np) -> Any:
+    """So many bytes of this array module that begin at a line of the cache."""
+    block = xp.empty(size + ALIGNMENT, np.uint8)
+    start = -address(block) % ALIGNMENT
     return block[start : start + size]
+
+
+def array_in(block: Any, start: int, b: Buffer) -> Any:
+    """The buffer as an array that begins so many bytes into a block."""
+    if not on_device(block):
+        return np.ndarray(b.shape, b.dtype, block, start, b.strides)
+    xp = module_of(block)
+    return xp.ndarray(b.shape, b.dtype, block.data + start, b.strides)
 
 
 def spans_of(calls: Sequence[Recorded], made: Sequence[int], until_the_end: Sequence[int]) -> dict[int, Span]:
@@ -102,6 +112,32 @@ def share_in_place(calls: Sequence[Recorded], spans: dict[int, Span], sizes: dic
                 spans[owner] = Span(spans[owner].first, spans.pop(out).last)
                 break
     return root
+
+
+def lay_out(
+    storages: Sequence[Storage], spans: dict[int, Span], sizes: dict[int, int]
+) -> tuple[dict[int, tuple[Any, int]], int]:
+    """Where each storage is: in which block and how many bytes into it; and the size of all blocks.
+
+    There is one block on the host and one on the device, for what the step makes there.
+    """
+    place: dict[int, tuple[Any, int]] = {}
+    total = 0
+    by_module: dict[Any, list[int]] = {}
+    for k in spans:
+        by_module.setdefault(module_of(storages[k].owner), []).append(k)
+    for xp, there in by_module.items():
+        offsets, size = place_all([sizes[k] for k in there], [spans[k] for k in there])
+        block = block_of(size, xp)
+        place |= {k: (block, offset) for k, offset in zip(there, offsets, strict=True)}
+        total += size
+    return place, total
+
+
+def _bound(call: Recorded, arrays: Sequence[Any]) -> Call:
+    """The call on these arrays; marked where the backend computes on a device, and the call on numbers of the host."""
+    bound = bind(call.name, *arrays, **call.attrs)
+    return OnHost(bound) if here.on_device and not any(map(on_device, arrays)) else bound
 
 
 def _bytes(b: Buffer) -> int:
@@ -162,11 +198,8 @@ class Plan:
         spans = spans_of(self.calls, made, [b.storage for b in wanted])
         separate = sum(sizes[k] for k in spans)
         root = share_in_place(self.calls, spans, sizes)
-        order = list(spans)
-        offsets, total = place_all([sizes[k] for k in order], [spans[k] for k in order])
-        place = dict(zip(order, offsets, strict=True))
+        place, total = lay_out(storages, spans, sizes)
         self.memory = Memory(total, separate)
-        block = block_of(total)
 
         def array_at(b: Buffer | None) -> Any:
             if b is None:
@@ -175,14 +208,14 @@ class Plan:
                 return np.array(b.value)
             if storages[b.storage].kind != MADE:
                 return recorder.arrays[b]
-            start = place[root.get(b.storage, b.storage)] + b.offset
-            return np.ndarray(b.shape, b.dtype, block, start, b.strides)
+            block, start = place[root.get(b.storage, b.storage)]
+            return array_in(block, start + b.offset, b)
 
         self.arguments = [s.owner for s in storages if s.kind == ARGUMENT]
         found = [array_at(b) for b in wanted]
         self.results, self.lasting = found[: len(results)], found[len(results) :]
         self.arrays = [tuple(array_at(b) for b in call.buffers) for call in self.calls]
-        self.bound = [bind(c.name, *arrays, **c.attrs) for c, arrays in zip(self.calls, self.arrays, strict=True)]
+        self.bound = [_bound(call, arrays) for call, arrays in zip(self.calls, self.arrays, strict=True)]
         self.parts: list[Call] = join(self.bound)
         parameters = {recorder.place(tensor.array).storage for tensor in recorder.changed}
         changes = (k for k, c in enumerate(self.calls) if any(b.storage in parameters for b in written(c)))

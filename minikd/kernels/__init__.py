@@ -29,7 +29,8 @@ from minikd.kernels.arrays import (
     taken_in,
 )
 from minikd.kernels.launch import Call, Launch, Launcher, Memo, as_arrays, binding_anew, look_of
-from minikd.kernels.recording import LAYOUT, anybody_records, recorder, traced
+from minikd.kernels.precision import FULL, MANTISSA, Multiply, emulated
+from minikd.kernels.recording import LAYOUT, anybody_records, plain, recorder, traced
 from minikd.kernels.reference import bind_reference
 from minikd.ops import OPS, Argument, Op, Shape
 from minikd.ops.op import KINDS
@@ -94,10 +95,12 @@ class _InUse:
     It is replaced as a whole, so that a thread that is under way with the backend before adds nothing to this one.
     """
 
-    __slots__ = ("array", "empty", "launchers", "launches", "name", "prepared", "xp")
+    __slots__ = ("array", "empty", "launchers", "launches", "multiply", "name", "precision", "prepared", "xp")
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, precision: str = FULL) -> None:
+        module = importlib.import_module(BACKENDS[name].module)
+        self.name, self.precision = name, precision
+        self.multiply: Multiply = getattr(module, "multiplier", emulated)(precision)
         self.xp: Any = load_cupy() if name == "cupy" else np  # its array module, and what it makes arrays with
         self.array: Any = self.xp.ndarray
         self.empty: Any = self.xp.empty
@@ -112,8 +115,8 @@ class _InUse:
             module = importlib.import_module(BACKENDS[self.name].module)
             if name in module.NAMES:
                 found = module.launcher(name) if hasattr(module, "launcher") else binding_anew(module.binder(name))
-            elif name in composed.KERNELS:
-                found = binding_anew(composed.binder(name, self.run, self.xp))
+            elif name in composed.KERNELS or (name in composed.PRODUCTS and self._rounds):
+                found = composed.launcher(name, self)
             else:
                 found = binding_anew(bind_reference(name, self.xp))
             self.launchers[name] = found
@@ -128,6 +131,15 @@ class _InUse:
             launch = self.launcher(name)(buffers, attrs)
             self.launches.remember(look, launch)
         return launch
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether products are not those of the formulas."""
+        return self.xp is not np or self.precision != FULL
+
+    def bind(self, name: str, *buffers: Any, **attrs: Any) -> Call:
+        """A call that runs a kernel on these buffers each time."""
+        return self.launch(name, buffers, _complete(name, attrs)).bind(*buffers)
 
     def run(self, name: str, *buffers: Any, **attrs: Any) -> None:
         """Run a kernel once on these buffers."""
@@ -145,7 +157,8 @@ _in_use: list[_InUse] = []  # one, once a backend was chosen
 def use_backend(name: str) -> None:
     """Compute with this backend from now on: "c", "numba" or "numpy", or "cupy" on the current GPU.
 
-    Models and tensors stay where they are: on "cupy" those that were made before are moved with `to("cupy")`.
+    Models and tensors stay where they are: on "cupy" those that were made before are moved with `to("cupy")`. Matrix
+    products are computed in float32 again (see `matmul_precision`).
 
     Raises
     ------
@@ -158,7 +171,10 @@ def use_backend(name: str) -> None:
         usable = [n for n in BACKENDS if not BACKENDS[n].missing()]
         expected = f"a backend that runs here ({', '.join(usable)})"
         raise BackendError("use_backend", "name", expected=expected, got=repr(name), fix=f"Reason: {reason}.")
-    used = _InUse(name)
+    _compute_with(_InUse(name))
+
+
+def _compute_with(used: _InUse) -> None:
     _in_use[:] = [used]
     here.change(used.xp)
     LAYOUT.changed()
@@ -173,6 +189,66 @@ def current_backend() -> str:
         be had here.
     """
     return _current().name
+
+
+class Precision:
+    """How exactly matrix products are computed; as a context manager it puts back what was before at its end.
+
+    Attributes
+    ----------
+    name : "float32", "tf32" or "bfloat16".
+    """
+
+    def __init__(self, chosen: _InUse, before: _InUse) -> None:
+        self.name = chosen.precision
+        self._chosen, self._before = chosen, before
+
+    def __enter__(self) -> Precision:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if _in_use[0] is self._chosen:  # and no other backend was chosen meanwhile
+            _compute_with(self._before)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"<precision of matrix products: {self.name}>"
+
+
+def matmul_precision(precision: str | None = None) -> Precision:
+    """How exactly matrix products are computed; with a precision, compute them so from now on.
+
+    Parameters
+    ----------
+    precision : "float32"; "tf32" or "bfloat16" round the factors of each product to 10 or 7 bits behind the leading
+        one, as tensor cores do, and add up in float32; or None to change nothing.
+        ``with matmul_precision("bfloat16"): …`` changes it for a while.
+
+    Weights, gradients, losses and all other operations stay float32, and float64 is never rounded. A product's error
+    grows from some 1e-7 of the sum of |a·b| to at most 2⁻¹⁰ ("tf32") or 2⁻⁷ ("bfloat16"). "cupy" computes so on cards
+    of compute capability 8.0 and above, "numpy" imitates it, to find out what a training makes of it; the other
+    backends compute in float32 only. `use_backend` goes back to "float32".
+
+    Raises
+    ------
+    ArgumentError : no such precision.  BackendError : the backend in use, or the GPU, has no such products.
+    """
+    before = _current()
+    if precision is None or precision == before.precision:
+        return Precision(before, before)
+    if precision not in MANTISSA:
+        expected = "one of " + ", ".join(MANTISSA)
+        raise ArgumentError("matmul_precision", "precision", expected=expected, got=repr(precision))
+    module = importlib.import_module(BACKENDS[before.name].module)
+    possible = getattr(module, "PRECISIONS", (FULL,))
+    if precision not in possible:
+        expected, fix = f"{', '.join(possible)} on the backend {before.name!r}", "Call use_backend('cupy') before."
+        raise BackendError("matmul_precision", "precision", expected=expected, got=repr(precision), fix=fix)
+    chosen = _InUse(before.name, precision)
+    _compute_with(chosen)
+    return Precision(chosen, before)
 
 
 def _current() -> _InUse:
@@ -225,7 +301,7 @@ def bind(name: str, *buffers: Any, **attrs: Any) -> Call:
     ------
     DTypeError, ShapeError : a buffer is not what the signature says.
     """
-    return _current().launch(name, buffers, _complete(name, attrs)).bind(*buffers)
+    return _current().bind(name, *buffers, **attrs)
 
 
 def join(calls: Sequence[Call]) -> list[Call]:
@@ -310,7 +386,7 @@ def input_arguments(op: Op, count: int) -> Sequence[Argument]:
 
 def as_array(value: Any) -> Any:
     """`value` as an array: of CuPy as it is, anything else as NumPy makes one of it."""
-    return value if on_device(value) else np.asarray(value)
+    return plain(value) if on_device(value) else np.asarray(value)
 
 
 def as_real(where: str, argument: str, value: Any, other: Any = np.float32) -> Any:

@@ -12,15 +12,22 @@ from typing import Any
 import numpy as np
 
 from minikd.kernels.arrays import HOST_KINDS
+from minikd.kernels.precision import MANTISSA, Multiply, emulated
 from minikd.ops import OPS
 
 # Every kernel comes from the table of operations; none is faster than the reference, because it is the reference.
 NAMES: frozenset[str] = frozenset()
+PRECISIONS = tuple(MANTISSA)  # of its matrix products
 
 
 def unavailable() -> str:
     """Why this backend cannot run here: it always can."""
     return ""
+
+
+def multiplier(precision: str) -> Multiply:
+    """How this backend multiplies matrices at this precision."""
+    return emulated(precision)
 
 
 def bind_reference(name: str, xp: Any = np) -> Callable[..., Callable[[], None]]:

@@ -59,9 +59,9 @@ class Refusals:
 
     def check(self) -> None:
         """Raise what was written down since the last look; waits for the device if anything may have been."""
-        if not self.pending:
+        pending, self.pending = self.pending, False
+        if not (pending and self._blocks):
             return
-        self.pending = False
         kept = [block.get() for block in self._blocks]
         refused = [(k, row, value) for k, (row, value) in enumerate(np.concatenate(kept).tolist()) if row != NO_ROW]
         if refused:

@@ -18,9 +18,12 @@ import types
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
+
+from standin import cublas
 
 # --- what tests look at ---
 
@@ -161,7 +164,7 @@ def _own(value: Any, *sources: Any) -> Any:
             if source._array is value:
                 return source
             if value.base is not None and np.may_share_memory(source._array, value):
-                return ndarray._of(value, source)
+                return type(source)._of(value, source)  # which may be of a class derived from this one
     _refuse_captured("an allocation")
     return ndarray._of(value if value.base is None else value.copy(order="K"), None)
 
@@ -234,6 +237,14 @@ class ndarray:
 
     def __len__(self) -> int:
         return len(self._array)
+
+    def view(self, dtype: Any = None, type: Any = None) -> ndarray:
+        """The same memory as another dtype, or as an array of a derived class."""
+        _used("ndarray.view")
+        kind = _kind_of(dtype) if type is None else type
+        if kind is not None:
+            return kind._of(self._array, self)
+        return _own(self._array.view() if dtype is None else self._array.view(dtype), self)
 
     # copies that are asked for
 
@@ -322,6 +333,11 @@ class ndarray:
         return (CUDA_DEVICE, 0)
 
 
+def _kind_of(dtype: Any) -> Any:
+    """The class of arrays that is given in a dtype's place, or None."""
+    return dtype if isinstance(dtype, type) and issubclass(dtype, ndarray) else None
+
+
 CUDA_DEVICE = 2  # DLPack's number for memory of a CUDA device
 
 
@@ -368,7 +384,7 @@ def _method(name: str) -> Any:
 
 
 _METHODS = "all any argmax argmin astype clip copy cumsum dot fill flatten max mean min prod ravel repeat reshape sum"
-for _name in (_METHODS + " squeeze swapaxes take transpose view argsort round").split():
+for _name in (_METHODS + " squeeze swapaxes take transpose argsort round").split():
     setattr(ndarray, _name, _method(_name))
 
 
@@ -682,6 +698,7 @@ runtime = types.SimpleNamespace(
     deviceSynchronize=lambda: _used("cuda.runtime.deviceSynchronize"),
     memcpyAsync=_memcpy,
     memcpyHostToDevice=1,
+    CUDA_R_32F=0,
     memcpyDeviceToHost=2,
     memcpyDeviceToDevice=3,
     streamCaptureModeGlobal=0,
@@ -694,14 +711,43 @@ for _thing in (Stream, Event, Graph, Device, MemoryPool, MemoryPointer, alloc, a
     setattr(cuda, getattr(_thing, "__name__", "runtime"), _thing)
 for _thing in (get_current_stream, get_elapsed_time):
     setattr(cuda, _thing.__name__, _thing)
+cuda.cublas = cublas
+cuda.device = types.SimpleNamespace(get_cublas_handle=cublas.get_cublas_handle)
 cuda.is_available = lambda: MEMORY["devices"] > 0
 cuda.memory = types.SimpleNamespace(MemoryPointer=MemoryPointer)
 
 
-def RawModule(**options: Any) -> Any:
-    """CUDA source, compiled for the CPU by `tests/cuda_on_cpu`."""
-    _used("RawModule", options)
-    return importlib.import_module("cuda_on_cpu").RawModule(**options)
+class RawModule:
+    """CUDA source, compiled for the CPU by `tests/cuda_on_cpu`; its launches can be captured."""
+
+    def __init__(self, **options: Any) -> None:
+        _used("RawModule", options)
+        self._module = importlib.import_module("cuda_on_cpu").RawModule(**options)
+
+    def get_function(self, name: str) -> RawKernel:
+        _used("RawModule.get_function")
+        return RawKernel(self._module.get_function(name))
+
+
+class RawKernel:
+    """One kernel: launched at once, or when the graph is that it is captured for."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0) -> None:
+        launched(partial(self._kernel, tuple(grid), tuple(block), tuple(args), shared_mem=shared_mem))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        return int(self._kernel.max_dynamic_shared_size_bytes)
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size: int) -> None:
+        self._kernel.max_dynamic_shared_size_bytes = size
 
 
 @contextmanager

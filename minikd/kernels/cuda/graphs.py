@@ -1,0 +1,234 @@
+"""CUDA graphs: neighbouring kernels of a plan that are launched together.
+
+A launch costs the processor some microseconds, which is longer than many kernels run. So kernels that follow each other
+are captured once, on a stream of their own, and launched as one graph from then on. What may change between two
+launches are numbers (learning rates, temperatures, counts of steps): a captured kernel reads them from a block of the
+device's memory, which is filled before the graph is launched, by one copy and only if one of them changed.
+
+CuPy captures no matrix products of cuBLAS, so these stand between graphs; should it come to capture them, which is
+tried once, they become parts of graphs too. MINIKD_GRAPHS=0 in the environment switches graphs off.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+
+from minikd.errors import BackendError
+from minikd.kernels.arrays import load_cupy
+from minikd.kernels.calls import Beginning, OnHost, Product, taken_apart
+from minikd.kernels.launch import Call
+from minikd.ops.refusals import REFUSALS
+
+# Fewer kernels than this are launched by themselves: a graph's launch costs as much as one or two of a kernel.
+FEWEST_LAUNCHES = 2
+# So many copies of numbers may be under way before the processor waits for the first of them.
+COPIES_UNDER_WAY = 16
+
+
+class Capturable(Protocol):
+    """A bound call that launches kernels and does nothing else.
+
+    numbers : its buffers of the kinds `scalar` and `counter`: arrays without axes on the host, or floats.
+    """
+
+    numbers: Sequence[Any]
+
+    def __call__(self) -> None:
+        """Launch the kernels, with the numbers as they are now."""
+
+    def launch(self, addresses: Sequence[int]) -> None:
+        """Launch the kernels so that they read their numbers at these addresses on the device."""
+
+
+def wanted() -> bool:
+    """Whether MINIKD_GRAPHS lets kernels be captured.
+
+    Raises
+    ------
+    BackendError : it is neither 0 nor 1.
+    """
+    given = os.environ.get("MINIKD_GRAPHS", "").strip() or "1"
+    if given not in ("0", "1"):
+        fix = "Unset it to use graphs."
+        raise BackendError("the cupy backend", "MINIKD_GRAPHS", expected="0 or 1", got=repr(given), fix=fix)
+    return given == "1"
+
+
+# --- capturing ---
+
+
+def capture(work: Callable[[], Any]) -> Any:
+    """What `work` launches on the current stream as a graph, without running it.
+
+    Raises
+    ------
+    RuntimeError : it does something that cannot be captured.
+    """
+    stream = load_cupy().cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        try:
+            work()
+        except BaseException:
+            with suppress(RuntimeError):  # of a capture that is spoilt already
+                stream.end_capture()
+            raise
+        return stream.end_capture()
+
+
+_captures_products: dict[Any, bool] = {}  # by array module, once it was tried
+
+
+def captures_products() -> bool:
+    """Whether a matrix product can be part of a graph here; tried once, on small matrices and a stream of its own."""
+    xp = load_cupy()
+    if xp not in _captures_products:
+        _captures_products[xp] = _captures(xp)
+    return _captures_products[xp]
+
+
+def _captures(xp: Any) -> bool:
+    a, out = xp.full((8, 8), 0.5, np.float32), xp.zeros((8, 8), np.float32)
+    try:
+        xp.matmul(a, a, out=xp.empty_like(out))  # whatever is set up at the first product is set up here
+        capture(partial(xp.matmul, a, a, out=out)).launch()
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return bool((xp.asnumpy(out) == 2).all())
+
+
+# --- numbers ---
+
+
+class Numbers:
+    """A block on the device for numbers that live on the host, 8 bytes each."""
+
+    def __init__(self, count: int) -> None:
+        self._floats = np.zeros(count)
+        self._integers = self._floats.view(np.int64)
+        self._sent = self._floats.tobytes()
+        if not count:
+            return
+        xp = load_cupy()
+        self._block = xp.zeros(count, np.float64)
+        # A copy may read its pinned memory after the processor has gone on, so that each has memory of its own.
+        pinned = (xp.cuda.alloc_pinned_memory(self._floats.nbytes) for _ in range(COPIES_UNDER_WAY))
+        places = [(np.frombuffer(memory, np.float64, count), xp.cuda.Event()) for memory in pinned]
+        self._places = itertools.cycle(places)
+        self._runtime, self._stream = xp.cuda.runtime, xp.cuda.get_current_stream
+
+    def address(self, slot: int) -> int:
+        """Where a number is on the device."""
+        return int(self._block.data.ptr) + slot * self._floats.itemsize
+
+    def taking(self, slot: int, number: Any) -> Call:
+        """A call that notes the value that a number has then: a float, or an array without axes on the host."""
+        counts = isinstance(number, np.ndarray) and number.dtype.kind == "i"
+        return partial(operator.setitem, self._integers if counts else self._floats, slot, number)
+
+    def upload(self) -> None:
+        """Copy what was noted to the device on the current stream, unless it is there already; waits for nothing."""
+        noted = self._floats.tobytes()
+        if noted == self._sent:
+            return
+        place, done = next(self._places)
+        done.synchronize()  # the copy that used this place before, COPIES_UNDER_WAY copies ago
+        place[:] = self._floats
+        stream, runtime = self._stream(), self._runtime
+        runtime.memcpyAsync(
+            self._block.data.ptr, place.ctypes.data, place.nbytes, runtime.memcpyHostToDevice, stream.ptr
+        )
+        done.record(stream)
+        self._sent = noted
+
+
+# --- a graph ---
+
+
+class GraphSequence:
+    """Calls that run one after the other as one graph.
+
+    Calls on the host (`OnHost`) run before the graph is launched, each after the numbers of the kernels before it were
+    taken: so every kernel reads its numbers as they were when its turn came.
+
+    Parameters
+    ----------
+    pieces : what is run: kernels (`Capturable`), products where they can be captured, calls on the host.
+    calls : those of them that complete a call of the plan.
+
+    Attributes
+    ----------
+    calls_done : how many calls the last run completed: all, or none where a number was refused.
+
+    Raises
+    ------
+    RuntimeError : something cannot be captured.
+    """
+
+    def __init__(self, pieces: Sequence[Any], calls: Sequence[Any]) -> None:
+        self.pieces, self.calls, self.calls_done = tuple(pieces), tuple(calls), 0
+        kernels = [piece for piece in pieces if _is_kernel(piece)]
+        self._numbers = Numbers(sum(len(kernel.numbers) for kernel in kernels))
+        self._before: list[Call] = []
+        launches: list[Callable[[], Any]] = []
+        slots = itertools.count()
+        for piece in pieces:
+            if not _is_kernel(piece):
+                (self._before if isinstance(piece, OnHost) else launches).append(piece)
+                continue
+            places = [(slot, number) for number, slot in zip(piece.numbers, slots, strict=False)]
+            self._before += [self._numbers.taking(slot, number) for slot, number in places]
+            launches.append(partial(piece.launch, [self._numbers.address(slot) for slot, _ in places]))
+        self.graph = capture(lambda: [launch() for launch in launches])
+
+    def __call__(self) -> None:
+        self.calls_done = 0
+        for call in self._before:
+            call()
+        self._numbers.upload()
+        REFUSALS.pending = True  # a kernel of the graph may find a wrong label
+        self.graph.launch()
+        self.calls_done = len(self.calls)
+
+
+def _is_kernel(piece: Any) -> bool:
+    """Whether this launches kernels of our own and does nothing else."""
+    return hasattr(piece, "launch") and hasattr(piece, "numbers")
+
+
+def join(calls: Sequence[Call]) -> list[Call]:
+    """The same calls in their order, neighbours that can be captured put together into graphs."""
+    pieces = list(taken_apart(calls))
+    if not wanted():
+        return _apart(pieces)
+    products = any(isinstance(piece, Product) for piece, _ in pieces) and captures_products()
+    parts: list[Call] = []
+
+    def can_be_captured(pair: tuple[Call, bool]) -> bool:
+        return _is_kernel(pair[0]) or isinstance(pair[0], OnHost) or (products and isinstance(pair[0], Product))
+
+    for capturable, group in itertools.groupby(pieces, can_be_captured):
+        neighbours = list(group)
+        launches = sum(not isinstance(piece, OnHost) for piece, _ in neighbours)
+        parts += _joined(neighbours) if capturable and launches >= FEWEST_LAUNCHES else _apart(neighbours)
+    return parts
+
+
+def _joined(neighbours: Sequence[tuple[Call, bool]]) -> list[Call]:
+    """These pieces as one graph, or as they are if they cannot be captured after all."""
+    try:
+        return [GraphSequence([piece for piece, _ in neighbours], [piece for piece, ends in neighbours if ends])]
+    except RuntimeError:
+        return _apart(neighbours)
+
+
+def _apart(neighbours: Sequence[tuple[Call, bool]]) -> list[Call]:
+    return [piece if completes else Beginning(piece) for piece, completes in neighbours]
