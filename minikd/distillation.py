@@ -302,7 +302,7 @@ class Experiment:
             on_model = _logits(model, data.x_test)
             self._keep(situation, name, seed, model, on_model, on_test)
             if not name.startswith(ASSISTANT):
-                scores.append(F.softmax(on_model.astype(np.float64)))
+                scores.append(F.of_host(F.softmax, on_model.astype(np.float64)))
             if name != DISTILLED:
                 lesson = self._lesson_of(model)
         if len(scores) > 1:

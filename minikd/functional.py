@@ -19,7 +19,7 @@ import numpy as np
 from minikd import tensor
 from minikd.errors import ArgumentError, ShapeError, bad_temperature
 from minikd.kernels import as_array, as_real, evaluate, recall
-from minikd.kernels.arrays import here, host_number, is_array, is_writable, module_of, taken_in
+from minikd.kernels.arrays import here, host_number, is_array, is_writable, module_of, taken_in, to_host
 from minikd.kernels.recording import Traced, note_check, note_constant, plain, recorder, refuse, traced
 from minikd.ops import OPS
 from minikd.ops.elementwise import ACTIVATIONS
@@ -199,6 +199,13 @@ def _row_targets(where: str, target: Any, n: int, c: int) -> tuple[Any, bool]:
 def _shape(value: Any) -> tuple[int, ...]:
     """The shape of a tensor, an array or a list."""
     return value.shape if isinstance(value, Tensor) or is_array(value) else np.shape(value)
+
+
+def of_host(function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
+    """A function of this module for NumPy's arrays, wherever the backend computes: taken there, and the result back."""
+    if not here.on_device:
+        return function(*arrays, **options)
+    return _value(to_host(function(*map(here.put, arrays), **options)))
 
 
 # --- running a loss on tensors or on arrays ---

@@ -278,8 +278,8 @@ class Module:
     def logits(self, x: Any, *, normalised: bool = False) -> np.ndarray:
         """Raw scores (n, c) of raw features x (n, k) or (k,): normalised first, without dropout or gradients.
 
-        `normalised` says that x is on the network's own scale already. Under the backend "cupy" NumPy's arrays are taken
-        to the GPU and the result back, some rows at a time; what is asked of CuPy's arrays stays there.
+        `normalised` says that x is on the network's own scale already. Under the backend "cupy" NumPy's arrays are
+        taken to the GPU and the result back, some rows at a time; what is asked of CuPy's arrays stays there.
         """
         return self._predicted("scores" if normalised else "logits", x)
 

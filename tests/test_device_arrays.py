@@ -18,6 +18,7 @@ import minikd as kd
 from minikd import functional as F
 from minikd.kernels import composed, current_backend, execute, input_arguments, run
 from minikd.kernels.arrays import HOST_KINDS, here, on_device, to_device, to_host
+from minikd.objectives import IGNORED, NAMES, Batch
 from minikd.ops import OPS, Op
 
 
@@ -124,3 +125,31 @@ def learned(optimizer: str, backend: str, steps: int = 4) -> dict[str, np.ndarra
 def test_a_network_learns_the_same_bits_on_the_device_as_by_numpy(optimizer: str, cupy: Any) -> None:
     wanted, found = learned(optimizer, "numpy"), learned(optimizer, "cupy")
     assert {name: value.tobytes() for name, value in found.items()} == {n: v.tobytes() for n, v in wanted.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_term_has_the_bits_of_the_host_and_copies_nothing_on_its_way(name: str, cupy: Any) -> None:
+    rng = np.random.default_rng(8)
+    given = {
+        "logits": rng.normal(size=(7, 5)),
+        "teacher": rng.normal(size=(7, 5)),
+        "target": np.array([0, 4, IGNORED, 2, 1, 1, IGNORED]),
+        "student's layer": np.abs(rng.normal(size=(7, 6))),
+        "teacher's layer": np.abs(rng.normal(size=(7, 6))),
+    }
+
+    def of(backend: str) -> list[bytes]:
+        kd.use_backend(backend)
+        mine = {name: here.put(value) for name, value in given.items()}
+        logits, layer = (kd.Tensor(mine[name], requires_grad=True) for name in ("logits", "student's layer"))
+        batch = Batch(logits, mine["teacher"], mine["target"], {"1": layer}, {"1": mine["teacher's layer"]})
+        term = NAMES[name](0.5)
+        term.prepare(batch)
+        COPIES.reset()
+        loss = term(batch)
+        loss.backward()
+        assert (COPIES.to_host, COPIES.to_device) == (0, 0)
+        leaves = [loss.array, *(t.grad.array for t in (logits, layer, *term.parameters()) if t.grad is not None)]
+        return [to_host(leaf).tobytes() for leaf in leaves]
+
+    assert of("cupy") == of("numpy")

@@ -221,7 +221,7 @@ class Quantised:
 
     def predict_proba(self, x: Any) -> np.ndarray:
         """Class probabilities (n, c) of raw features (n, k)."""
-        return np.asarray(F.softmax(self.logits(x)))
+        return np.asarray(F.of_host(F.softmax, self.logits(x)))
 
 
 # --- integers ---
@@ -334,7 +334,7 @@ def _flows(network: Network, rows: np.ndarray) -> list[_Flow]:
     found: list[_Flow] = []
     for number, layer in enumerate(network.layers):
         with np.errstate(over="ignore", invalid="ignore"):
-            product = np.asarray(F.linear(rows, layer.weight, layer.bias))
+            product = np.asarray(F.of_host(F.linear, rows, layer.weight, layer.bias))
         if not np.isfinite(product).all():
             fix = "Look for NaN and infinity in the features, and for weights that have diverged."
             expected = "finite for all rows of the calibration"

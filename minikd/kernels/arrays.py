@@ -10,6 +10,7 @@ CuPy is imported by `load_cupy` alone, when its backend is chosen.
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -247,6 +248,42 @@ def host_number(where: str, argument: str, value: Any) -> None:
 
 
 # --- memory ---
+
+
+class Pinned:
+    """An array of the host that a GPU reads by itself, so that the host goes on while rows of it are copied.
+
+    Parameters
+    ----------
+    shape, dtype : of the array; the first axis is its rows.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        size = math.prod(shape)
+        memory = here.xp.cuda.alloc_pinned_memory(size * np.dtype(dtype).itemsize)
+        self._array = np.frombuffer(memory, dtype, size).reshape(shape)
+        self._copied: Any = None  # when the last copy was made
+
+    def for_writing(self) -> np.ndarray:
+        """The array, once the last copy of it is made."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._array
+
+    def copy_to(self, window: Any, rows: int) -> None:
+        """Copy the first rows to an array of the same shape on the GPU, on the current stream, without waiting."""
+        cuda, part = here.xp.cuda, self._array[:rows]
+        stream = cuda.get_current_stream()
+        kind = cuda.runtime.memcpyHostToDevice
+        cuda.runtime.memcpyAsync(address(window), address(part), part.nbytes, kind, stream.ptr)
+        self._copied = self._copied or cuda.Event(disable_timing=True)
+        self._copied.record(stream)
+
+
+def free_memory() -> int:
+    """Bytes that new arrays on the current GPU may take: what is free there, and what CuPy's pool holds unused."""
+    pool = here.xp.get_default_memory_pool()
+    return int(here.xp.cuda.Device().mem_info[0] + pool.total_bytes() - pool.used_bytes())
 
 
 class MemoryInUse(NamedTuple):
