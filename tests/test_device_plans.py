@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -45,23 +45,40 @@ def cupy() -> Iterator[Any]:
 # --- graphs ---
 
 
+class Number:
+    """A number that a kernel reads, as `minikd.kernels.cuda.graphs.Number` wants it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.kind = np.int64 if getattr(value, "dtype", None) == np.int64 else np.float64
+        self.address = 0
+
+    def read(self, where: str) -> Any:
+        assert where == "noting"
+        return self.kind(self.value)
+
+    def point(self, address: int) -> None:
+        self.address = address
+
+
 class Kernel:
     """A kernel that notes its numbers as it finds them when it runs, given by value or read at their addresses."""
 
+    name = "noting"
+
     def __init__(self, found: list[Any], *numbers: Any) -> None:
-        self.found, self.numbers = found, numbers
-        self._kinds = [ctypes.c_int64 if getattr(n, "dtype", None) == np.int64 else ctypes.c_double for n in numbers]
+        self.found, self.numbers = found, tuple(map(Number, numbers))
+        self.launches = (self._launch,)
 
     def __call__(self) -> None:
-        self._note([n.item() if isinstance(n, np.ndarray) else n for n in self.numbers])
+        self._launch()
 
-    def _note(self, values: Sequence[Any]) -> None:
-        standin.launched(lambda: self.found.append(tuple(values)))
-
-    def launch(self, addresses: Sequence[int]) -> None:
-        assert len(addresses) == len(self.numbers)
-        places = list(zip(self._kinds, addresses, strict=True))
-        standin.launched(lambda: self.found.append(tuple(kind.from_address(at).value for kind, at in places)))
+    def _launch(self) -> None:
+        kinds = {np.int64: ctypes.c_int64, np.float64: ctypes.c_double}
+        given = [(kinds[n.kind], n.address, n.kind(n.value).item()) for n in self.numbers]
+        standin.launched(
+            lambda: self.found.append(tuple(kind.from_address(at).value if at else value for kind, at, value in given))
+        )
 
 
 def advancing(counter: Any) -> OnHost:
@@ -81,6 +98,26 @@ def test_every_kernel_of_a_graph_reads_its_numbers_as_they_were_at_its_turn(cupy
     graph()
     assert found == [(0,), (0.5, 1), (2, 2.5), (2,), (-3.25, 3), (4, 2.5)]
     assert graph.calls_done == 5
+    for call in calls:
+        call()  # by themselves they take their numbers by value
+    assert found[6:] == [(4,), (-3.25, 5), (6, 2.5)]
+
+
+def test_a_number_that_is_refused_keeps_the_graph_from_being_launched(cupy: Any) -> None:
+    found: list[Any] = []
+    kernels = [Kernel(found), Kernel(found, np.array(1.0))]
+    (graph,) = join(kernels)
+
+    def refusing(where: str) -> Any:
+        raise ArgumentError(where, "temperature", expected="above 0", got="-1")
+
+    graph()
+    kernels[1].numbers[0].read = refusing
+    (graph,) = join(kernels)
+    with pytest.raises(ArgumentError, match="noting: temperature must be above 0"):
+        graph()
+    assert found == [(), (1.0,)]
+    assert graph.calls_done == 0
 
 
 def test_numbers_are_copied_only_if_one_of_them_changed(cupy: Any) -> None:
@@ -140,7 +177,7 @@ def test_a_graph_is_launched_on_the_stream_of_its_caller_and_captured_on_another
     streams: list[Any] = []
 
     class Looking(Kernel):
-        def launch(self, addresses: Sequence[int]) -> None:
+        def _launch(self) -> None:
             streams.append(standin.get_current_stream())
             standin.launched(lambda: streams.append(standin.get_current_stream()))
 
@@ -195,12 +232,12 @@ def test_graphs_can_be_switched_off_and_nothing_else_is_taken_for_an_answer(
 
 def test_what_cannot_be_captured_after_all_runs_as_it_is_and_leaves_no_stream_behind(cupy: Any) -> None:
     class Allocating(Kernel):
-        def launch(self, addresses: Sequence[int]) -> None:
+        def _launch(self) -> None:
             standin.ndarray((3,), np.float32)
 
-    found: list[Any] = []
-    kernels = [Kernel(found), Allocating(found)]
+    kernels = [Kernel([], 1.0), Allocating([])]
     assert join(kernels) == kernels
+    assert kernels[0].numbers[0].address == 0
     assert not standin.get_current_stream().is_capturing()
     with pytest.raises(RuntimeError, match="an allocation"):
         capture(lambda: standin.ndarray((3,), np.float32))
