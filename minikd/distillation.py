@@ -31,7 +31,12 @@ from minikd.bias import correct_bias
 from minikd.checkpoints import Checkpoints
 from minikd.data import Dataset, load
 from minikd.errors import ArgumentError, ShapeError
+<<<<<<< HEAD
 from minikd.kernels import current_backend, matmul_precision, use_backend
+=======
+from minikd.kernels import current_backend, use_backend
+from minikd.kernels.arrays import memory_in_use
+>>>>>>> wt_arrays
 from minikd.nn import MLP, Module
 from minikd.objectives import HardLabels, Objective
 from minikd.peers import Peers
@@ -691,6 +696,7 @@ class Experiment:
             },
             **situations[0],
             "seconds": round(self._seconds, 3),
+            **_on_gpu(),
             "few_labels": situations[1] if len(situations) > 1 else None,
         }
 
@@ -741,6 +747,12 @@ class Experiment:
         }
         measured = ["test_accuracy", "test_nll", "test_ece"] + (["agreement", "kl_to_teacher"] if situation else [])
         return {**figures, **{m: [getattr(k, m) for k in kept] for m in measured}}
+
+
+def _on_gpu() -> dict[str, Any]:
+    """What the report says of the GPU that was computed on; nothing where there was none."""
+    memory = memory_in_use()
+    return {} if memory is None else {"gpu_memory": memory._asdict()}
 
 
 def _without_teacher(objective: Objective) -> Objective:

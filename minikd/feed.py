@@ -51,10 +51,9 @@ class Feed:
         self.streams = here.on_device and row_bytes * rows > SHARE_OF_MEMORY * free_memory()
         self._window = max(1, BYTES_AT_A_TIME // max(row_bytes * batch_size, 1)) * batch_size
         if self.streams:
-            self.arrays = tuple(
-                None if a is None else here.empty((self._window, *a.shape[1:]), a.dtype) for a in arrays
-            )
-            self._pinned = [None if a is None else Pinned((self._window, *a.shape[1:]), a.dtype) for a in arrays]
+            looks = [None if a is None else ((self._window, *a.shape[1:]), a.dtype) for a in arrays]
+            self.arrays = tuple(None if look is None else here.empty(*look) for look in looks)
+            self._pinned = [None if look is None else Pinned(*look) for look in looks]
         else:
             self.arrays = tuple(None if a is None else here.put(a) for a in arrays)
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from minikd import tape
-from minikd.errors import ArgumentError, BackendError, ShapeError, TapeError
-from minikd.kernels import as_real, operand, run
-from minikd.kernels.arrays import from_dlpack, here, here_too, is_array, module_of, on_device, placed, taken_in, to_host
+from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError, TapeError
+from minikd.kernels import FLOATS, as_real, operand, run
+from minikd.kernels.arrays import from_dlpack as arrays_from_dlpack
+from minikd.kernels.arrays import here, here_too, is_array, module_of, on_device, placed, taken_in, to_host
 from minikd.kernels.recording import LAYOUT, note_constant, note_made, recorder, refuse, refuse_reading
 
 Axis = int | tuple[int, ...] | None
@@ -44,7 +45,7 @@ class Tensor(tape.Recordable):
     def __init__(self, data: Any, requires_grad: bool = False, device: str | None = None) -> None:
         given = data.array if isinstance(data, Tensor) else data
         if not is_array(given) and hasattr(given, "__dlpack__"):
-            given = from_dlpack(given)
+            given = arrays_from_dlpack(given)
         value = as_real("Tensor", "data", given)
         moved = placed("Tensor", value, device)
         self._fill(_copied(value) if moved is value else moved, bool(requires_grad), None)
@@ -465,6 +466,29 @@ def matmul(a: Any, b: Any) -> Tensor:
 def _here(where: str, argument: str, value: Any) -> Any:
     """`value` as a float32 or float64 array where the backend computes."""
     return taken_in(where, argument, value, as_real(where, argument, value))
+
+
+def from_dlpack(value: Any) -> Tensor:
+    """A tensor on the memory of another library's array, without a copy: a PyTorch tensor on a GPU, for example.
+
+    What either of them writes the other one sees; the array's memory lives as long as the tensor.
+
+    Parameters
+    ----------
+    value : whatever speaks DLPack; float32 or float64, C-contiguous.
+
+    Raises
+    ------
+    DTypeError : it holds something else.  ShapeError : it does not lie in one piece.
+    """
+    array = arrays_from_dlpack(value)
+    if array.dtype not in FLOATS:
+        expected, fix = "an array of float32 or float64", "kd.Tensor(value) converts a copy."
+        raise DTypeError("from_dlpack", "value", expected=expected, got=str(array.dtype), fix=fix)
+    if not array.flags.c_contiguous:
+        expected, got = "C-contiguous", f"strides {array.strides}"
+        raise ShapeError("from_dlpack", "value", expected=expected, got=got, fix="kd.Tensor(value) takes a copy.")
+    return Tensor.of(array)
 
 
 def take(x: Any, rows: Any) -> Tensor:

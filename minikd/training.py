@@ -289,6 +289,20 @@ class Training:
         first = self.step
         if first % self.per_epoch == 0:
             self._measured = np.empty(0, np.int64)
+        try:
+            self._take_steps(batches, before, first)
+        except ArgumentError:
+            if here.on_device:  # which refused it after the steps behind it
+                self.restore(*before)
+            raise
+        if not self._finite_weights():
+            raise self._diverged(before, first)
+        finished = self._finish_epoch()
+        self._keep()
+        self._tell(finished)
+
+    def _take_steps(self, batches: Iterator[np.ndarray], before: Any, first: int) -> None:
+        """The steps that are left of the present epoch."""
         end = (self.step // self.per_epoch + 1) * self.per_epoch
         while self.step < end:
             stop = min(end, self._next_checkpoint())
@@ -299,11 +313,6 @@ class Training:
                     self._took(losses, before, first)
             if self.step < end:
                 self._keep()
-        if not self._finite_weights():
-            raise self._diverged(before, first)
-        finished = self._finish_epoch()
-        self._keep()
-        self._tell(finished)
 
     def _steps_on(self, batches: np.ndarray, numbers: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """Take a step on each of these batches (steps, rows), and give the losses in portions, on the host.

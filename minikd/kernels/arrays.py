@@ -293,6 +293,15 @@ class MemoryInUse(NamedTuple):
     held: int
 
 
+def gpu_in_words() -> str:
+    """The current GPU's name, its memory, and how much of it CuPy's pool holds."""
+    cupy = load_cupy()
+    device, pool = cupy.cuda.Device(), cupy.get_default_memory_pool()
+    name = cupy.cuda.runtime.getDeviceProperties(device.id)["name"].decode()
+    total, used, held = device.mem_info[1], pool.used_bytes(), pool.total_bytes()
+    return f"{name} with {total >> 20:,} MiB, of which CuPy holds {held >> 20:,} and uses {used >> 20:,}"
+
+
 def memory_in_use() -> MemoryInUse | None:
     """How much of the GPU's memory is in use; None while the backend in use is not "cupy"."""
     if not here.on_device:

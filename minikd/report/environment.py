@@ -15,6 +15,7 @@ import minikd
 from minikd.data import sources
 from minikd.errors import MinikdError
 from minikd.kernels import backends, blas, kernel_names
+from minikd.kernels.arrays import gpu_in_words
 from minikd.kernels.threads import threads
 from minikd.report.table import Table
 
@@ -22,10 +23,11 @@ from minikd.report.table import Table
 EXTRAS = {
     "cli": ("rich", "matplotlib", "threadpoolctl"),
     "numba": ("numba",),
+    "cupy": ("cupy",),
     "teachers": ("sklearn", "onnxruntime"),
     "tensorboard": ("tensorboardX",),
 }
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where a package is installed under another name
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "cupy": "cupy-cuda12x"}  # where a package has another name
 
 
 def environment_table() -> Table:
@@ -65,8 +67,11 @@ def _backends() -> Iterator[tuple[str, str]]:
             threads = native.threads()
             text += f", kernels for {native.cpu_level()} on up to {threads} thread{'s' * (threads != 1)}"
             text += f", matrix products by {native.products()}"
+        if name == "cupy":
+            text += f", on {gpu_in_words()}"
         if status.fallbacks:
-            text += f", {total - len(status.fallbacks)} of {total} kernels; NumPy runs {_in_words(status.fallbacks)}"
+            own, other = total - len(status.fallbacks), "CuPy" if name == "cupy" else "NumPy"
+            text += f", {own} of {total} kernels; {other} runs {_in_words(status.fallbacks)}"
         yield name, text
 
 
