@@ -31,12 +31,8 @@ from minikd.bias import correct_bias
 from minikd.checkpoints import Checkpoints
 from minikd.data import Dataset, load
 from minikd.errors import ArgumentError, ShapeError
-<<<<<<< HEAD
 from minikd.kernels import current_backend, matmul_precision, use_backend
-=======
-from minikd.kernels import current_backend, use_backend
 from minikd.kernels.arrays import memory_in_use
->>>>>>> wt_arrays
 from minikd.nn import MLP, Module
 from minikd.objectives import HardLabels, Objective
 from minikd.peers import Peers

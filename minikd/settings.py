@@ -71,7 +71,7 @@ class Settings:
     seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "one paired comparison for each")
     split_seed: int = option(0, "of the division into training, validation and test part")
     backend: str = option("", "c, numba, numpy or cupy (a GPU); empty for the best that runs here on the processor")
-    precision: str = option(
+    precision: str = option("", "of products: float32, or tf32 or bfloat16 on cupy and numpy; empty to change nothing")
 
     def check(self) -> None:
         """Refuse a setting outside its range, with an ArgumentError that names it."""
