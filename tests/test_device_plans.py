@@ -65,6 +65,7 @@ class Kernel:
     """A kernel that notes its numbers as it finds them when it runs, given by value or read at their addresses."""
 
     name = "noting"
+    refuses = False
 
     def __init__(self, found: list[Any], *numbers: Any) -> None:
         self.found, self.numbers = found, tuple(map(Number, numbers))

@@ -30,6 +30,9 @@ class Refusals:
         self._xp: Any = None
         self._blocks: list[Any] = []  # arrays (RECORDS_AT_ONCE, 2) on the device
         self._errors: dict[Any, Error] = {}  # by what is refused, in the order of the records
+        self.others: list[
+            Callable[[], Exception | None]
+        ] = []  # what empties records of others, and says what they hold
         self.pending = False  # whether something may have been written since the last look
 
     def record(self, xp: Any, what: Any, error: Error) -> Any:
@@ -60,7 +63,13 @@ class Refusals:
     def check(self) -> None:
         """Raise what was written down since the last look; waits for the device if anything may have been."""
         pending, self.pending = self.pending, False
-        if not (pending and self._blocks):
+        if not pending:
+            return
+        errors = [error for take in self.others if (error := take()) is not None]
+        if errors:
+            self.forget()
+            raise errors[0]
+        if not self._blocks:
             return
         kept = [block.get() for block in self._blocks]
         refused = [(k, row, value) for k, (row, value) in enumerate(np.concatenate(kept).tolist()) if row != NO_ROW]
@@ -74,6 +83,8 @@ class Refusals:
         self.pending = False
         for block in self._blocks:
             block.fill(NO_ROW)
+        for take in self.others:
+            take()
 
 
 REFUSALS = Refusals()

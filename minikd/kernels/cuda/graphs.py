@@ -48,9 +48,13 @@ class Number(Protocol):
 
 
 class Kernel(Protocol):
-    """A bound call that launches functions of our own and does nothing else; its name is that of its operation."""
+    """A bound call that launches functions of our own and does nothing else; its name is that of its operation.
+
+    refuses : whether it may note on the device that it refuses a label or row number.
+    """
 
     name: str
+    refuses: bool
     numbers: Sequence[Number]
     launches: Sequence[Call]
 
@@ -180,6 +184,7 @@ class GraphSequence:
         self.pieces, self.calls, self.calls_done = tuple(pieces), tuple(calls), 0
         read = sum(len(piece.numbers) for piece in pieces if _is_kernel(piece))
         self._numbers = Numbers(read)
+        self._refuses = any(getattr(piece, "refuses", False) for piece in pieces)
         self._before: list[Call] = []
         launches: list[Call] = []
         pointed: list[Number] = []
@@ -204,7 +209,8 @@ class GraphSequence:
         for call in self._before:
             call()
         self._numbers.upload()
-        REFUSALS.pending = True  # a kernel of the graph may find a wrong label
+        if self._refuses:
+            REFUSALS.pending = True
         self.graph.launch()
         self.calls_done = len(self.calls)
 
