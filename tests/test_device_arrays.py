@@ -16,16 +16,17 @@ from standin.cupy import COPIES
 
 import minikd as kd
 from minikd import functional as F
-from minikd.kernels import composed, current_backend, execute, input_arguments, run
+from minikd.kernels import composed, cuda, current_backend, execute, input_arguments, run
 from minikd.kernels.arrays import HOST_KINDS, here, on_device, to_device, to_host
 from minikd.objectives import IGNORED, NAMES, Batch
 from minikd.ops import OPS, Op
 
 
 @pytest.fixture
-def cupy() -> Iterator[Any]:
-    """The stand-in as cupy, and its backend in use."""
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The stand-in as cupy, and its backend in use: on formulas alone, without kernels of its own."""
     before = current_backend()
+    monkeypatch.setattr(cuda, "NAMES", frozenset())
     with standin.installed() as module:
         kd.use_backend("cupy")
         try:

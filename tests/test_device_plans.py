@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 from standin import cupy as standin
@@ -30,6 +31,8 @@ from minikd.ops.refusals import REFUSALS
 @pytest.fixture
 def cupy() -> Iterator[Any]:
     """The stand-in for CuPy, and its backend in use."""
+    if cuda_on_cpu.compiler() is None:
+        pytest.skip("needs g++, which compiles the kernels for the processor")
     before = current_backend()
     graphs._captures_products.clear()
     with standin.installed() as module:
@@ -339,7 +342,7 @@ def test_a_step_that_is_replayed_leaves_the_bits_of_one_that_is_not(optimizer: s
         wanted = eager.step(*eager.batch(seed))
         batch = compiled.batch(seed)
         found, copies = counted(partial(step, *batch))
-        assert seed < 2 or copies[:2] == (0, 0)
+        assert seed < 2 or copies == (0, 0, 1)  # the loss that is returned is all that is allocated
         assert on_device(found.array)
         assert found.numpy().tobytes() == wanted.numpy().tobytes()
         assert compiled.state == eager.state
@@ -518,7 +521,7 @@ def test_steps_of_an_epoch_that_is_known_copy_nothing_between_host_and_device(
     for count in (3, 9):
         _, counts[count] = counted(partial(step.epoch, *(x[:count] for x in given)))
         assert counts[count][1] == 0
-    assert counts[3][0] == counts[9][0] == 1  # a look at what was refused, at the end
+    assert counts[3][0] == counts[9][0] <= 2  # looks at what was refused, at the end
 
 
 def test_the_rows_of_a_data_set_on_the_device_are_gathered_there(cupy: Any) -> None:
@@ -610,7 +613,7 @@ def test_a_plan_on_the_device_can_be_explained_and_measured(cupy: Any) -> None:
     before = s.state
     text = step.explain()
     assert s.state == before
-    assert " calls from Python" in text.splitlines()[0]
+    assert "10 calls from Python (4 of them CUDA graphs)" in text.splitlines()[0]
     assert "adam_step" in text
     assert " µs" in text
     assert step.plans[0].dot().startswith("digraph")

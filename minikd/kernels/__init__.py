@@ -281,10 +281,15 @@ def backends() -> dict[str, BackendStatus]:
     found = {}
     for name, backend in BACKENDS.items():
         reason = backend.missing()
-        fast = set() if reason else set(importlib.import_module(backend.module).NAMES) | set(composed.KERNELS)
+        fast = set() if reason else _fast(importlib.import_module(backend.module))
         fallbacks = () if reason or name == "numpy" else tuple(k for k in kernel_names() if k not in fast)
         found[name] = BackendStatus(not reason, name == current, reason, fallbacks)
     return found
+
+
+def _fast(module: Any) -> set[str]:
+    """The kernels that a backend does not take from the reference."""
+    return {*module.NAMES, *composed.KERNELS, *(composed.PRODUCTS if hasattr(module, "multiplier") else ())}
 
 
 def bind(name: str, *buffers: Any, **attrs: Any) -> Call:
