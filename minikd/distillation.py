@@ -31,7 +31,7 @@ from minikd.bias import correct_bias
 from minikd.checkpoints import Checkpoints
 from minikd.data import Dataset, load
 from minikd.errors import ArgumentError, ShapeError
-from minikd.kernels import current_backend, use_backend
+from minikd.kernels import current_backend, matmul_precision, use_backend
 from minikd.kernels.arrays import here, memory_in_use
 from minikd.nn import MLP, Module
 from minikd.objectives import HardLabels, Objective
@@ -184,6 +184,7 @@ class Experiment:
         settings.check()
         if settings.backend:
             use_backend(settings.backend)
+        matmul_precision(settings.precision or None)
         self._given_data = dataset is not None
         if dataset is None:
             dataset = load(settings.data, label_column=settings.label_column, split_seed=settings.split_seed)
@@ -221,7 +222,8 @@ class Experiment:
 
     def _fingerprint(self) -> str:
         """What the states of this run's trainings depend on, in one word."""
-        about = dataclasses.asdict(self.settings) | {"backend": current_backend(), "seeds": 0, "checkpoint_every": 0}
+        computed = {"backend": current_backend(), "precision": matmul_precision().name}
+        about = dataclasses.asdict(self.settings) | computed | {"seeds": 0, "checkpoint_every": 0}
         text = json.dumps([about, self.dataset.sha256, str(self.objective), self.alone], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -696,7 +698,8 @@ class Experiment:
 
     def _plain_settings(self) -> dict[str, Any]:
         """The settings as JSON knows them; null where an object was given in their place."""
-        settings = dataclasses.asdict(self.settings) | {"backend": self.settings.backend or current_backend()}
+        computed = {"backend": current_backend(), "precision": matmul_precision().name}
+        settings = dataclasses.asdict(self.settings) | computed
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
         none = ["data"] * self._given_data + ["student"] * (self._student is not None)
         none += ["teacher"] * (self._given_teacher is not None)

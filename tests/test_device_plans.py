@@ -1,50 +1,84 @@
-"""Plans on a device: what is captured as a graph, what its kernels read, and that replays agree with eager steps."""
+"""Plans on a device: what is captured as a graph, what its kernels read, and that replays agree with eager steps.
+
+No GPU is needed: a strict stand-in for CuPy refuses hidden copies and counts those that are asked for.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from standin import cupy as standin
 
-from minikd.errors import BackendError
+import minikd as kd
+from minikd import functional as F
+from minikd import steps
+from minikd.errors import ArgumentError, BackendError, PlanError
+from minikd.kernels import current_backend
+from minikd.kernels.arrays import on_device, to_device, to_host
 from minikd.kernels.calls import Beginning, OnHost, Product, Several, taken_apart
 from minikd.kernels.cuda import graphs
 from minikd.kernels.cuda.graphs import COPIES_UNDER_WAY, GraphSequence, capture, join
+from minikd.ops.refusals import REFUSALS
 
 
 @pytest.fixture
 def cupy() -> Iterator[Any]:
-    """The stand-in for CuPy."""
+    """The stand-in for CuPy, and its backend in use."""
+    before = current_backend()
     graphs._captures_products.clear()
     with standin.installed() as module:
-        yield module
-    graphs._captures_products.clear()
+        kd.use_backend("cupy")
+        try:
+            yield module
+        finally:
+            kd.use_backend(before)
+            REFUSALS.forget()
+            graphs._captures_products.clear()
 
 
 # --- graphs ---
 
 
+class Number:
+    """A number that a kernel reads, as `minikd.kernels.cuda.graphs.Number` wants it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.kind = np.int64 if getattr(value, "dtype", None) == np.int64 else np.float64
+        self.address = 0
+
+    def read(self, where: str) -> Any:
+        assert where == "noting"
+        return self.kind(self.value)
+
+    def point(self, address: int) -> None:
+        self.address = address
+
+
 class Kernel:
     """A kernel that notes its numbers as it finds them when it runs, given by value or read at their addresses."""
 
+    name = "noting"
+
     def __init__(self, found: list[Any], *numbers: Any) -> None:
-        self.found, self.numbers = found, numbers
-        self._kinds = [ctypes.c_int64 if getattr(n, "dtype", None) == np.int64 else ctypes.c_double for n in numbers]
+        self.found, self.numbers = found, tuple(map(Number, numbers))
+        self.launches = (self._launch,)
 
     def __call__(self) -> None:
-        self._note([n.item() if isinstance(n, np.ndarray) else n for n in self.numbers])
+        self._launch()
 
-    def _note(self, values: Sequence[Any]) -> None:
-        standin.launched(lambda: self.found.append(tuple(values)))
-
-    def launch(self, addresses: Sequence[int]) -> None:
-        assert len(addresses) == len(self.numbers)
-        places = list(zip(self._kinds, addresses, strict=True))
-        standin.launched(lambda: self.found.append(tuple(kind.from_address(at).value for kind, at in places)))
+    def _launch(self) -> None:
+        kinds = {np.int64: ctypes.c_int64, np.float64: ctypes.c_double}
+        given = [(kinds[n.kind], n.address, n.kind(n.value).item()) for n in self.numbers]
+        standin.launched(
+            lambda: self.found.append(tuple(kind.from_address(at).value if at else value for kind, at, value in given))
+        )
 
 
 def advancing(counter: Any) -> OnHost:
@@ -64,6 +98,26 @@ def test_every_kernel_of_a_graph_reads_its_numbers_as_they_were_at_its_turn(cupy
     graph()
     assert found == [(0,), (0.5, 1), (2, 2.5), (2,), (-3.25, 3), (4, 2.5)]
     assert graph.calls_done == 5
+    for call in calls:
+        call()  # by themselves they take their numbers by value
+    assert found[6:] == [(4,), (-3.25, 5), (6, 2.5)]
+
+
+def test_a_number_that_is_refused_keeps_the_graph_from_being_launched(cupy: Any) -> None:
+    found: list[Any] = []
+    kernels = [Kernel(found), Kernel(found, np.array(1.0))]
+    (graph,) = join(kernels)
+
+    def refusing(where: str) -> Any:
+        raise ArgumentError(where, "temperature", expected="above 0", got="-1")
+
+    graph()
+    kernels[1].numbers[0].read = refusing
+    (graph,) = join(kernels)
+    with pytest.raises(ArgumentError, match="noting: temperature must be above 0"):
+        graph()
+    assert found == [(), (1.0,)]
+    assert graph.calls_done == 0
 
 
 def test_numbers_are_copied_only_if_one_of_them_changed(cupy: Any) -> None:
@@ -123,7 +177,7 @@ def test_a_graph_is_launched_on_the_stream_of_its_caller_and_captured_on_another
     streams: list[Any] = []
 
     class Looking(Kernel):
-        def launch(self, addresses: Sequence[int]) -> None:
+        def _launch(self) -> None:
             streams.append(standin.get_current_stream())
             standin.launched(lambda: streams.append(standin.get_current_stream()))
 
@@ -178,12 +232,12 @@ def test_graphs_can_be_switched_off_and_nothing_else_is_taken_for_an_answer(
 
 def test_what_cannot_be_captured_after_all_runs_as_it_is_and_leaves_no_stream_behind(cupy: Any) -> None:
     class Allocating(Kernel):
-        def launch(self, addresses: Sequence[int]) -> None:
+        def _launch(self) -> None:
             standin.ndarray((3,), np.float32)
 
-    found: list[Any] = []
-    kernels = [Kernel(found), Allocating(found)]
+    kernels = [Kernel([], 1.0), Allocating([])]
     assert join(kernels) == kernels
+    assert kernels[0].numbers[0].address == 0
     assert not standin.get_current_stream().is_capturing()
     with pytest.raises(RuntimeError, match="an allocation"):
         capture(lambda: standin.ndarray((3,), np.float32))
@@ -233,3 +287,329 @@ def test_the_parts_of_a_call_are_joined_with_their_neighbours_and_count_as_one_c
     for again in layers:
         again()
     assert found == ["product", (1.0,), (2.0,), "product", "product"] * 2
+
+
+# --- steps ---
+
+N, K, C = 6, 5, 4
+
+
+class Setting:
+    """A network, its optimizer, and a step of distillation; batches of it with a learning rate that varies."""
+
+    def __init__(self, optimizer: str = "adam", *, dropout: float = 0.25, dtype: Any = np.float32) -> None:
+        self.model = kd.nn.MLP([K, 7, C], activation="gelu", dropout=dropout, seed=3, dtype=dtype)
+        self.opt = kd.optim.OPTIMIZERS[optimizer](self.model.parameters(), 0.05, clip=0.5)
+        self.dtype = dtype
+
+    def step(self, x: Any, y: Any, teacher: Any, rate: Any) -> Any:
+        self.opt.lr = rate
+        loss = F.distillation_loss(self.model(x), teacher, y, temperature=3.0)
+        self.opt.zero_grad()
+        loss.backward()
+        self.opt.step()
+        return loss
+
+    def batch(self, seed: int, rows: int = N) -> tuple[Any, ...]:
+        rng = np.random.default_rng(seed)
+        x, teacher = (rng.normal(size=(rows, k)).astype(self.dtype) for k in (K, C))
+        rate = np.array(0.01 * (1 + seed))
+        return to_device(x), to_device(rng.integers(0, C, rows)), to_device(teacher), rate
+
+    @property
+    def state(self) -> dict[str, bytes]:
+        return {n: a.tobytes() for n, a in {**self.model.state_dict(), **self.opt.state_dict()}.items()}
+
+
+def counted(call: Callable[[], Any]) -> tuple[Any, tuple[int, int, int]]:
+    """The result, and the copies to the host, copies to the device and allocations that it took."""
+    standin.COPIES.reset()
+    before = standin._pool.allocations
+    result = call()
+    return result, (standin.COPIES.to_host, standin.COPIES.to_device, standin._pool.allocations - before)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("optimizer", kd.optim.OPTIMIZERS)
+def test_a_step_that_is_replayed_leaves_the_bits_of_one_that_is_not(optimizer: str, dtype: Any, cupy: Any) -> None:
+    eager, compiled = Setting(optimizer, dtype=dtype), Setting(optimizer, dtype=dtype)
+    step = kd.compile(compiled.step)
+    for seed in range(5):
+        wanted = eager.step(*eager.batch(seed))
+        batch = compiled.batch(seed)
+        found, copies = counted(partial(step, *batch))
+        assert seed < 2 or copies[:2] == (0, 0)
+        assert on_device(found.array)
+        assert found.numpy().tobytes() == wanted.numpy().tobytes()
+        assert compiled.state == eager.state
+    assert len(step.plans) == 1
+
+
+def test_what_a_step_returns_is_a_copy_on_the_device(cupy: Any) -> None:
+    s = Setting()
+    step = kd.compile(lambda *batch: {"loss": s.step(*batch), "logits": (s.model(batch[0]).array, 3)})
+    first, second, third = (step(*s.batch(seed)) for seed in (4, 4, 4))
+    kept = to_host(third["logits"][0])
+    fourth = step(*s.batch(5))
+    assert (to_host(third["logits"][0]) == kept).all()
+    assert not (to_host(fourth["logits"][0]) == kept).all()
+    assert first["logits"][1] == fourth["logits"][1] == 3
+    assert all(on_device(r["logits"][0]) and on_device(r["loss"].array) for r in (first, second, third, fourth))
+
+
+def test_another_shape_records_another_plan(cupy: Any) -> None:
+    s, eager = Setting(), Setting()
+    step = kd.compile(s.step)
+    for seed, rows in enumerate([6, 6, 6, 3, 3, 3, 6, 3]):
+        step(*s.batch(seed, rows))
+        eager.step(*eager.batch(seed, rows))
+    assert len(step.plans) == 2
+    assert s.state == eager.state
+
+
+def test_arguments_that_lie_on_the_host_are_refused_and_so_are_those_of_the_device_elsewhere(cupy: Any) -> None:
+    s = Setting()
+    x, y, teacher, rate = s.batch(0)
+    step = kd.compile(s.step)
+    for _ in range(3):
+        step(x, y, teacher, rate)
+    for wrong in ((to_host(x), y, teacher, rate), (x, to_host(y), teacher, rate)):
+        with pytest.raises(BackendError, match=r"compile: an argument must be a CuPy array .*, got a NumPy array"):
+            step(*wrong)
+    kd.use_backend("numpy")
+    with pytest.raises(BackendError, match=r"compile: an argument must be a NumPy array .*, got a CuPy array"):
+        step(x, y, teacher, rate)
+    kd.use_backend("cupy")
+    step(x, y, teacher, rate)
+
+
+READS: dict[str, Callable[[Setting, Any, Any], Any]] = {
+    "the number in a tensor": lambda s, x, y: s.model(x).sum().item(),
+    "float of a tensor": lambda s, x, y: float(s.model(x).sum()),
+    "the truth of a tensor": lambda s, x, y: bool(s.model(x).sum()),
+    "values of a tensor": lambda s, x, y: s.model(x).numpy(),
+    "the array in a tensor": lambda s, x, y: s.model(x).array.get(),
+    "float of an array": lambda s, x, y: float(F.cross_entropy(x, y)),
+    "the truth of an array": lambda s, x, y: bool(x),
+    "an index": lambda s, x, y: list(range(y)),
+    "going through": lambda s, x, y: list(x),
+    "one element": lambda s, x, y: x[0],
+    "written into": lambda s, x, y: x.__setitem__(slice(0, 1), 0),
+    "a copy to the host": lambda s, x, y: x.get(),
+    "an element": lambda s, x, y: y.item(),
+    "a list": lambda s, x, y: x.tolist(),
+    "a sum": lambda s, x, y: s.model(x * x.sum()),
+    "another dtype": lambda s, x, y: s.model(x.astype(np.float64)),
+    "a product": lambda s, x, y: s.model(x * 2),
+    "a product from the left": lambda s, x, y: s.model(2 * x),
+    "in place": lambda s, x, y: x.__imul__(2),
+    "a comparison": lambda s, x, y: x > 0,
+    "numpy's mean": lambda s, x, y: np.mean(x),
+    "numpy's exp": lambda s, x, y: np.exp(x),
+}
+
+
+@pytest.mark.parametrize("use", READS.values(), ids=list(READS))
+def test_what_looks_at_values_is_refused_while_it_is_recorded(use: Any, cupy: Any) -> None:
+    s = Setting()
+    x, y, _, _ = s.batch(0)
+    with pytest.raises(PlanError, match=r"test_device_plans.py, line \d+"):
+        kd.compile(lambda x, y: use(s, x, y))(x, y)
+
+
+def test_what_cupy_makes_of_an_argument_shows_in_the_second_recording(cupy: Any) -> None:
+    s = Setting()
+    x, *_ = s.batch(0)
+    step = kd.compile(lambda x: s.model(cupy.exp(x)))
+    step(x)
+    with pytest.raises(PlanError, match="with another array, number or setting each time"):
+        step(x)
+
+
+def test_a_step_that_cannot_be_replayed_may_run_as_it_stands(cupy: Any) -> None:
+    s = Setting(dropout=0.0)
+    x, _, _, _ = s.batch(0)
+    step = kd.compile(lambda x: s.model(x * 2), fallback=True)
+    found = [step(x).numpy() for _ in range(4)]
+    wanted = s.model(x * 2).numpy()
+    assert all((f == wanted).all() for f in found)
+    assert step.plans == []
+    assert len(step.refusals) == 1
+
+
+def test_views_and_looks_at_an_argument_are_no_values(cupy: Any) -> None:
+    s, shapes = Setting(dropout=0.0), []
+
+    def step(x: Any) -> Any:
+        shapes.append((x.shape, x.ndim, x.dtype, x.reshape(-1).size, x.T.shape, len(x)))
+        return s.model(x[2:]), F.relu(x[:2].reshape(K, 2))
+
+    compiled = kd.compile(step)
+    for seed in range(4):
+        x = s.batch(seed)[0]
+        tall, flat = compiled(x)
+        wanted, wanted_flat = step(x)
+        assert tall.numpy().tobytes() == wanted.numpy().tobytes()
+        assert to_host(flat).tobytes() == to_host(wanted_flat).tobytes()
+    assert len(compiled.plans) == 1
+    assert len(set(shapes)) == 1
+
+
+def test_replaying_needs_no_more_memory_of_the_device_than_recording(cupy: Any) -> None:
+    s = Setting()
+    step = kd.compile(s.step)
+    used = []
+    for seed in range(8):
+        step(*s.batch(seed))
+        used.append(standin._pool.used)
+    assert len(set(used[2:])) == 1
+
+
+def test_memory_of_the_host_and_of_the_device_are_laid_out_apart(cupy: Any) -> None:
+    x = to_device(np.arange(6, dtype=np.float32).reshape(2, 3))
+
+    @kd.compile
+    def step(x: Any, factor: Any) -> Any:
+        return (kd.Tensor.of(x) * factor * factor).relu() + F.softmax(x)
+
+    for k in range(4):
+        found = step(x, np.array(k - 1.5))
+        softmax = F.softmax(x)
+        assert to_host(found.array).tobytes() == to_host(x * np.float32(k - 1.5) ** 2 + softmax).tobytes() or k == -1
+    (plan,) = step.plans
+    assert plan.memory.bytes <= plan.memory.without_reuse
+    assert all(on_device(a) for call in plan.arrays for a in call if a is not None and a.ndim)
+
+
+# --- epochs ---
+
+
+def stacks(s: Setting, steps: int, rows: int = N) -> list[Any]:
+    batches = [s.batch(seed, rows) for seed in range(steps)]
+    return [np.stack([to_host(x) for x in column]) for column in zip(*batches, strict=True)]
+
+
+def test_an_epoch_is_its_steps_and_its_losses_are_one_array_on_the_device(cupy: Any) -> None:
+    eager, s = Setting(), Setting()
+    step = kd.compile(s.step)
+    seen: list[int] = []
+    given = stacks(s, 7)
+    losses, copies = counted(lambda: step.epoch(*given, on_progress=seen.append))
+    assert on_device(losses)
+    assert losses.shape == (7,)
+    assert copies[1] == 3  # of features, labels and logits, each as a whole; rates stay on the host
+    wanted = [eager.step(*eager.batch(seed)).item() for seed in range(7)]
+    assert to_host(losses).tolist() == wanted
+    assert s.state == eager.state
+    assert seen[-1] == 7
+    assert len(step.plans) == 1
+
+
+def test_steps_of_an_epoch_that_is_known_copy_nothing_between_host_and_device(
+    cupy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = Setting()
+    step = kd.compile(s.step)
+    given = [to_device(x) if x.ndim > 1 else x for x in stacks(s, 9)]
+    step.epoch(*given)
+    monkeypatch.setattr(steps, "SECONDS_A_CALL", 1e9)  # so that all steps are one portion
+    counts = {}
+    for count in (3, 9):
+        _, counts[count] = counted(partial(step.epoch, *(x[:count] for x in given)))
+        assert counts[count][1] == 0
+    assert counts[3][0] == counts[9][0] == 1  # a look at what was refused, at the end
+
+
+def test_the_rows_of_a_data_set_on_the_device_are_gathered_there(cupy: Any) -> None:
+    rng = np.random.default_rng(1)
+    x, y = to_device(rng.normal(size=(20, K)).astype(np.float32)), to_device(rng.integers(0, C, 20))
+    eager, s = Setting("sgd"), Setting("sgd")
+
+    def of(setting: Setting) -> Any:
+        def step(rows: Any) -> Any:
+            loss = F.cross_entropy(setting.model(F.take(x, rows)), F.take(y, rows))
+            setting.opt.zero_grad()
+            loss.backward()
+            setting.opt.step()
+            return loss
+
+        return step
+
+    batches = rng.permuted(np.tile(np.arange(20), (6, 1)), axis=1)[:, :N]
+    losses = kd.compile(of(s)).epoch(batches)
+    wanted = [of(eager)(to_device(rows)).item() for rows in batches]
+    assert to_host(losses).tolist() == wanted
+    assert s.state == eager.state
+
+
+@pytest.mark.parametrize("step_of_label", [0, 1, 4])
+def test_a_wrong_label_is_refused_when_the_portion_ends(step_of_label: int, cupy: Any) -> None:
+    s = Setting()
+    step = kd.compile(s.step)
+    x, y, teacher, rates = stacks(s, 6)
+    step.epoch(x, y, teacher, rates)
+    y[step_of_label, 2] = C
+    with pytest.raises(ArgumentError, match=rf"target\[2\] must be a class id from 0 to {C - 1} .*, got {C}"):
+        step.epoch(x, y, teacher, rates)
+    y[step_of_label, 2] = 0
+    step.epoch(x, y, teacher, rates)  # what was refused is forgotten
+
+
+def test_a_wrong_label_in_one_step_is_refused_when_somebody_waits_for_its_loss(cupy: Any) -> None:
+    s = Setting()
+    step = kd.compile(s.step)
+    x, y, teacher, rate = s.batch(0)
+    for _ in range(3):
+        step(x, y, teacher, rate)
+    labels = to_host(y)
+    labels[1] = -7
+    loss = step(x, to_device(labels), teacher, rate)
+    with pytest.raises(ArgumentError, match=r"target\[1\] must be a class id .*, got -7"):
+        loss.item()
+
+
+def test_a_temperature_that_is_wrong_is_refused_before_the_step(cupy: Any) -> None:
+    s = Setting()
+
+    @kd.compile
+    def step(x: Any, teacher: Any, temperature: Any) -> Any:
+        loss = F.distillation_loss(s.model(x), teacher, temperature=temperature)
+        s.opt.zero_grad()
+        loss.backward()
+        s.opt.step()
+        return loss
+
+    x, _, teacher, _ = s.batch(0)
+    for k in range(3):
+        step(x, teacher, np.array(2.0 + k))
+    before = s.state
+    with pytest.raises(ArgumentError, match="temperature must be a finite number above 0"):
+        step(x, teacher, np.array(-1.0))
+    assert {n: v for n, v in s.state.items() if "step" not in n} == {n: v for n, v in before.items() if "step" not in n}
+
+
+def test_portions_are_stopped_between_two_of_them(cupy: Any) -> None:
+    s, eager = Setting(), Setting()
+    step = kd.compile(s.step)
+    portions = step.portions(*stacks(s, 8))
+    taken = sum(len(losses) for losses in itertools.islice(portions, 3))
+    for seed in range(taken):
+        eager.step(*eager.batch(seed))
+    assert s.state == eager.state
+
+
+# --- looking inside ---
+
+
+def test_a_plan_on_the_device_can_be_explained_and_measured(cupy: Any) -> None:
+    s = Setting()
+    step = kd.compile(s.step)
+    for seed in range(3):
+        step(*s.batch(seed))
+    before = s.state
+    text = step.explain()
+    assert s.state == before
+    assert " calls from Python" in text.splitlines()[0]
+    assert "adam_step" in text
+    assert " µs" in text
+    assert step.plans[0].dot().startswith("digraph")

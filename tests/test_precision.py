@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from standin import cublas
+from standin import cupy as standin
 
+import minikd as kd
+from minikd import functional as F
+from minikd.errors import ArgumentError, BackendError
+from minikd.kernels import current_backend, execute
+from minikd.kernels.arrays import to_device, to_host
+from minikd.kernels.cuda.products import COMPUTE_TYPES, multiplier
 from minikd.kernels.precision import MANTISSA, emulated, rounded
+from minikd.ops import OPS
 
 LARGEST = float(np.finfo(np.float32).max)
 reduced = pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
@@ -73,3 +85,199 @@ def test_products_in_float64_keep_every_digit(precision: str) -> None:
     out = np.empty((2, 2))
     emulated(precision)(a, b, out)
     np.testing.assert_array_equal(out, a @ b)
+
+
+# --- choosing it ---
+
+
+@pytest.fixture
+def numpy_in_use() -> Iterator[None]:
+    """The NumPy backend, and the one before it afterwards."""
+    before = current_backend()
+    kd.use_backend("numpy")
+    yield
+    kd.use_backend(before)
+
+
+@pytest.fixture
+def cupy() -> Iterator[Any]:
+    """The stand-in for CuPy, and its backend in use."""
+    before = current_backend()
+    with standin.installed() as module:
+        kd.use_backend("cupy")
+        try:
+            yield module
+        finally:
+            kd.use_backend(before)
+
+
+def a_product() -> tuple[Any, Any, Any]:
+    """Two matrices and their product by the backend in use."""
+    rng = np.random.default_rng(8)
+    a, b = rng.normal(size=(5, 7)).astype(np.float32), rng.normal(size=(7, 3)).astype(np.float32)
+    return a, b, F.matmul(a, b)
+
+
+@reduced
+def test_as_a_context_manager_it_puts_back_what_was_before(precision: str, numpy_in_use: None) -> None:
+    a, b, full = a_product()
+    assert str(kd.matmul_precision()) == "float32"
+    with kd.matmul_precision(precision) as inside:
+        assert inside.name == kd.matmul_precision().name == precision
+        assert (a_product()[2] == rounded(a, precision) @ rounded(b, precision)).all()
+        with kd.matmul_precision("float32"):
+            assert (a_product()[2] == full).all()
+        assert precision in repr(kd.matmul_precision())
+    assert (a_product()[2] == full).all()
+
+
+def test_another_backend_begins_in_float32_and_a_context_that_ends_leaves_it_alone(numpy_in_use: None) -> None:
+    with kd.matmul_precision("tf32"):
+        kd.use_backend("numpy")
+        assert str(kd.matmul_precision()) == "float32"
+        chosen = kd.matmul_precision("bfloat16")
+    assert str(kd.matmul_precision()) == chosen.name == "bfloat16"
+
+
+def test_an_unknown_precision_is_refused(numpy_in_use: None) -> None:
+    with pytest.raises(ArgumentError, match="precision must be one of float32, tf32, bfloat16, got 'float16'"):
+        kd.matmul_precision("float16")
+
+
+@pytest.mark.usefixtures("c_in_use")
+def test_a_backend_without_such_products_says_so() -> None:
+    assert str(kd.matmul_precision("float32")) == "float32"
+    with pytest.raises(BackendError, match="precision must be float32 on the backend 'c', got 'tf32'"):
+        kd.matmul_precision("tf32")
+
+
+# Every kernel with a product in it: its factors are rounded, and nothing else is.
+WITH_PRODUCTS = ["matmul", "linear", *(f"linear_{name}" for name in ("relu", "tanh", "sigmoid", "gelu"))]
+
+
+@reduced
+@pytest.mark.parametrize("name", WITH_PRODUCTS)
+def test_every_product_of_a_layer_and_of_its_gradient_takes_rounded_factors(
+    name: str, precision: str, numpy_in_use: None
+) -> None:
+    op, rng = OPS[name], np.random.default_rng(2)
+    for inputs, attrs in op.example(rng, np.float32):
+        tensors = [None if x is None else kd.Tensor(x, requires_grad=True) for x in inputs]
+        with kd.matmul_precision(precision):
+            y = kd.tensor.apply(name, *tensors, **attrs)
+            dy = rng.normal(size=y.shape).astype(np.float32)
+            y.backward(dy)
+        x, w, *rest = inputs
+        right = w if name == "matmul" else w.T
+        product = rounded(x, precision).astype(np.float64) @ rounded(right, precision)
+        wanted = product if not rest or rest[0] is None else product + rest[0]
+        if "_" in name:
+            wanted = execute(OPS[name.removeprefix("linear_")], [wanted], {})[0][0]
+        np.testing.assert_allclose(y.numpy(), wanted, rtol=3e-5, atol=3e-6)
+        if name == "linear":
+            r = rounded(dy, precision).astype(np.float64)
+            np.testing.assert_allclose(tensors[0].grad.numpy(), r @ rounded(w, precision), rtol=3e-5, atol=3e-6)
+            np.testing.assert_allclose(tensors[1].grad.numpy(), r.T @ rounded(x, precision), rtol=3e-5, atol=3e-6)
+            if tensors[2] is not None:
+                np.testing.assert_allclose(tensors[2].grad.numpy(), dy.sum(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_step_is_recorded_anew_at_another_precision(numpy_in_use: None) -> None:
+    model = kd.nn.MLP([5, 3], seed=1)
+    x = np.random.default_rng(1).normal(size=(4, 5)).astype(np.float32)
+    step = kd.compile(lambda x: model(x))
+    full = [step(x).numpy() for _ in range(3)]
+    with kd.matmul_precision("bfloat16"):
+        coarse = [step(x).numpy() for _ in range(3)]
+        assert (coarse[2] == model(x).numpy()).all()
+    assert (coarse[0] == coarse[2]).all()
+    assert not (full[2] == coarse[2]).all()
+    assert (step(x).numpy() == full[0]).all()
+
+
+def test_gradients_at_a_lower_precision_point_where_the_exact_ones_do(numpy_in_use: None) -> None:
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=(32, 20)).astype(np.float32), rng.integers(0, 5, 32)
+    found = {}
+    for precision in MANTISSA:
+        with kd.matmul_precision(precision):
+            model = kd.nn.MLP([20, 30, 5], seed=2)
+            F.cross_entropy(model(x), y).backward()
+        found[precision] = np.concatenate([p.grad.numpy().ravel() for p in model.parameters()]).astype(np.float64)
+    for precision, most in (("tf32", 5e-3), ("bfloat16", 5e-2)):
+        error = np.linalg.norm(found[precision] - found["float32"]) / np.linalg.norm(found["float32"])
+        assert most / 50 < error < most
+
+
+# --- on a GPU ---
+
+
+def layouts(shape: tuple[int, int], rng: np.random.Generator) -> Iterator[Any]:
+    """The same matrix as cuBLAS may meet it: by rows, by columns, as rows of a wider one, and every second column."""
+    rows, columns = shape
+    yield to_device(rng.normal(size=shape).astype(np.float32))
+    yield to_device(rng.normal(size=(columns, rows)).astype(np.float32)).T
+    yield to_device(rng.normal(size=(rows, columns + 3)).astype(np.float32))[:, 1 : columns + 1]
+    yield to_device(rng.normal(size=(rows, 2 * columns)).astype(np.float32))[:, ::2]
+
+
+@reduced
+@pytest.mark.parametrize(
+    ("n", "k", "m"), [(3, 4, 5), (1, 1, 1), (1, 6, 1), (6, 1, 4), (2, 3, 1), (1, 3, 7), (17, 33, 9)]
+)
+def test_cublas_is_asked_for_the_product_however_its_factors_lie(
+    precision: str, n: int, k: int, m: int, cupy: Any
+) -> None:
+    rng = np.random.default_rng(4)
+    multiply = multiplier(precision)
+    cublas.CALLS.clear()
+    count = 0
+    for a in layouts((n, k), rng):
+        for b in layouts((k, m), rng):
+            out = to_device(np.full((n, m), np.nan, np.float32))
+            multiply(a, b, out)
+            wanted = rounded(to_host(a), precision) @ rounded(to_host(b), precision)
+            np.testing.assert_allclose(to_host(out), wanted, rtol=1e-5, atol=1e-6)
+            count += 1
+    assert [getattr(cublas, COMPUTE_TYPES[precision])] * count == cublas.CALLS
+
+
+@reduced
+def test_empty_products_and_those_in_float64_are_left_to_cupy(precision: str, cupy: Any) -> None:
+    cublas.CALLS.clear()
+    multiply = multiplier(precision)
+    out = to_device(np.full((2, 3), np.nan, np.float32))
+    multiply(to_device(np.empty((2, 0), np.float32)), to_device(np.empty((0, 3), np.float32)), out)
+    assert (to_host(out) == 0).all()
+    a = to_device(np.full((2, 2), 1 / 3))
+    exact = to_device(np.empty((2, 2)))
+    multiply(a, a, exact)
+    np.testing.assert_array_equal(to_host(exact), to_host(a) @ to_host(a))
+    assert cublas.CALLS == []
+
+
+def test_a_step_on_the_device_uses_tensor_cores_for_all_its_products(cupy: Any) -> None:
+    model = kd.nn.MLP([6, 5, 4, 3], seed=1)
+    opt = kd.optim.SGD(model.parameters(), 0.1)
+    x, y = to_device(np.ones((4, 6), np.float32)), to_device(np.array([0, 1, 2, 0]))
+
+    @kd.compile
+    def step(x: Any, y: Any) -> Any:
+        loss = F.cross_entropy(model(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        return loss
+
+    with kd.matmul_precision("tf32"):
+        for _ in range(3):
+            cublas.CALLS.clear()
+            step(x, y)
+            assert len(cublas.CALLS) == 3 + 3 + 2  # forward, the weights' gradients, and those of two inputs
+
+
+def test_an_old_gpu_has_no_such_products(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standin.Device, "compute_capability", "75")
+    with pytest.raises(BackendError, match=r"of compute capability below 8.0, got 'tf32' on one of 75"):
+        kd.matmul_precision("tf32")
+    assert str(kd.matmul_precision()) == "float32"

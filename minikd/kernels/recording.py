@@ -325,6 +325,11 @@ _ALLOWED = {
     "view",
     "T",
 }
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+_OPERATORS = (
+    *(f"__{before}{name}__" for name in _BINARY for before in ("", "r", "i")),
+    *(f"__{name}__" for name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert")),
+)
 _ON_DEVICE = {"data", "device"}  # an address, which shows no value
 _ELSEWHERE = "Compute it before the step and give it as an argument, or use minikd.functional."
 
@@ -413,7 +418,21 @@ def _traced_type(array: Any) -> Any:
         def __format__(self, specification: str) -> str:
             return repr(self)
 
+    for name in (
+        _OPERATORS if array is not np.ndarray else ()
+    ):  # which NumPy hands to __array_ufunc__, and CuPy not always
+        setattr(Traced, name, _refusing(name, getattr(array, name)))
     return Traced
+
+
+def _refusing(name: str, operate: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator of CuPy's arrays that is refused while a step is recorded."""
+
+    def refusing(*operands: Any) -> Any:
+        _refuse_values(f"{name} of an array")
+        return operate(*map(plain, operands))
+
+    return refusing
 
 
 Traced = _traced_type(np.ndarray)

@@ -64,12 +64,11 @@ class _Memory:
         self.array, self.size = array, max(512, -(-array.nbytes // 512) * 512)
         _pool.used += self.size
         _pool.allocations += 1
+        weakref.finalize(self, _pool.take_back, self.size)
 
     @property
     def ptr(self) -> int:
         return int(self.array.ctypes.data)
-
-        weakref.finalize(self, _pool.take_back, self.size)
 
 
 class MemoryPool:

@@ -12,7 +12,6 @@ tried once, they become parts of graphs too. MINIKD_GRAPHS=0 in the environment 
 from __future__ import annotations
 
 import itertools
-import operator
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -33,19 +32,27 @@ FEWEST_LAUNCHES = 2
 COPIES_UNDER_WAY = 16
 
 
-class Capturable(Protocol):
-    """A bound call that launches kernels and does nothing else.
+class Number(Protocol):
+    """A scalar or counter that a kernel reads.
 
-    numbers : its buffers of the kinds `scalar` and `counter`: arrays without axes on the host, or floats.
+    kind : the NumPy type of its value, of 8 bytes.
     """
 
-    numbers: Sequence[Any]
+    kind: Any
 
-    def __call__(self) -> None:
-        """Launch the kernels, with the numbers as they are now."""
+    def read(self, where: str) -> Any:
+        """The value that it has now on the host, if the operation of this name takes such a value."""
 
-    def launch(self, addresses: Sequence[int]) -> None:
-        """Launch the kernels so that they read their numbers at these addresses on the device."""
+    def point(self, address: int) -> None:
+        """Let launches read it at this address of the device; 0 for the value of the host."""
+
+
+class Kernel(Protocol):
+    """A bound call that launches functions of our own and does nothing else; its name is that of its operation."""
+
+    name: str
+    numbers: Sequence[Number]
+    launches: Sequence[Call]
 
 
 def wanted() -> bool:
@@ -129,10 +136,10 @@ class Numbers:
         """Where a number is on the device."""
         return int(self._block.data.ptr) + slot * self._floats.itemsize
 
-    def taking(self, slot: int, number: Any) -> Call:
-        """A call that notes the value that a number has then: a float, or an array without axes on the host."""
-        counts = isinstance(number, np.ndarray) and number.dtype.kind == "i"
-        return partial(operator.setitem, self._integers if counts else self._floats, slot, number)
+    def noting(self, slot: int, number: Number, where: str) -> Call:
+        """A call that notes the value that a number has then."""
+        numbers = self._integers if number.kind is np.int64 else self._floats
+        return partial(_note, numbers, slot, number.read, where)
 
     def upload(self) -> None:
         """Copy what was noted to the device on the current stream, unless it is there already; waits for nothing."""
@@ -150,6 +157,10 @@ class Numbers:
         self._sent = noted
 
 
+def _note(numbers: np.ndarray, slot: int, read: Callable[[str], Any], where: str) -> None:
+    numbers[slot] = read(where)
+
+
 # --- a graph ---
 
 
@@ -161,7 +172,7 @@ class GraphSequence:
 
     Parameters
     ----------
-    pieces : what is run: kernels (`Capturable`), products where they can be captured, calls on the host.
+    pieces : what is run: kernels (`Kernel`), products where they can be captured, calls on the host.
     calls : those of them that complete a call of the plan.
 
     Attributes
@@ -175,19 +186,26 @@ class GraphSequence:
 
     def __init__(self, pieces: Sequence[Any], calls: Sequence[Any]) -> None:
         self.pieces, self.calls, self.calls_done = tuple(pieces), tuple(calls), 0
-        kernels = [piece for piece in pieces if _is_kernel(piece)]
-        self._numbers = Numbers(sum(len(kernel.numbers) for kernel in kernels))
+        read = sum(len(piece.numbers) for piece in pieces if _is_kernel(piece))
+        self._numbers = Numbers(read)
         self._before: list[Call] = []
-        launches: list[Callable[[], Any]] = []
-        slots = itertools.count()
-        for piece in pieces:
-            if not _is_kernel(piece):
-                (self._before if isinstance(piece, OnHost) else launches).append(piece)
-                continue
-            places = [(slot, number) for number, slot in zip(piece.numbers, slots, strict=False)]
-            self._before += [self._numbers.taking(slot, number) for slot, number in places]
-            launches.append(partial(piece.launch, [self._numbers.address(slot) for slot, _ in places]))
-        self.graph = capture(lambda: [launch() for launch in launches])
+        launches: list[Call] = []
+        pointed: list[Number] = []
+        try:
+            for piece in pieces:
+                if not _is_kernel(piece):
+                    (self._before if isinstance(piece, OnHost) else launches).append(piece)
+                    continue
+                for number in piece.numbers:
+                    slot = len(pointed)
+                    pointed.append(number)
+                    number.point(self._numbers.address(slot))
+                    self._before.append(self._numbers.noting(slot, number, piece.name))
+                launches += piece.launches
+            self.graph = capture(lambda: [launch() for launch in launches])
+        finally:
+            for number in pointed:
+                number.point(0)
 
     def __call__(self) -> None:
         self.calls_done = 0
@@ -200,8 +218,8 @@ class GraphSequence:
 
 
 def _is_kernel(piece: Any) -> bool:
-    """Whether this launches kernels of our own and does nothing else."""
-    return hasattr(piece, "launch") and hasattr(piece, "numbers")
+    """Whether this launches functions of our own and does nothing else."""
+    return hasattr(piece, "launches") and hasattr(piece, "numbers")
 
 
 def join(calls: Sequence[Call]) -> list[Call]:
