@@ -538,3 +538,4 @@ def test_the_backend_is_never_chosen_by_itself(cupy: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(kernels, "_in_use", [])
     monkeypatch.setenv("MINIKD_BACKEND", "cupy")
     assert current_backend() == "cupy"
+    monkeypatch.undo()
