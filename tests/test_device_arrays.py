@@ -29,6 +29,7 @@ from minikd.kernels import bind, composed, current_backend, execute, input_argum
 from minikd.kernels.arrays import HOST_KINDS, address, here, on_device, to_device, to_host
 from minikd.objectives import IGNORED, NAMES, Batch
 from minikd.ops import OPS, Op
+from minikd.ops.refusals import REFUSALS
 from minikd.report.environment import environment_table
 from minikd.training import Training
 
@@ -43,6 +44,7 @@ def cupy() -> Iterator[Any]:
             yield module
         finally:
             kd.use_backend(before)
+            REFUSALS.forget()
 
 
 def moved(op: Op, inputs: list[Any]) -> list[Any]:

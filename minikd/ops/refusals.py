@@ -67,8 +67,14 @@ class Refusals:
         self.pending = False
         place, value, number = self._record.get().tolist()
         if place:
-            self._record.fill(0)
+            self.forget()
             raise self._errors[number](place - 1, value)
+
+    def forget(self) -> None:
+        """Leave nothing to refuse."""
+        self.pending = False
+        if self._record is not None:
+            self._record.fill(0)
 
 
 REFUSALS = Refusals()
