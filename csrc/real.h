@@ -41,7 +41,7 @@ typedef unsigned long long uint64_t;
 
 /* For functions that take another function and must become one with it. */
 #ifdef __CUDA_ARCH__
-#define INLINE static __device__ __forceinline__
+#define INLINE __device__ __forceinline__
 #elif defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
 #else

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import pickle
+import sys
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -541,3 +544,43 @@ def test_the_backend_is_never_chosen_by_itself(cupy: Any, monkeypatch: pytest.Mo
     monkeypatch.setenv("MINIKD_BACKEND", "cupy")
     assert current_backend() == "cupy"
     monkeypatch.undo()
+
+
+# --- the real CuPy ---
+
+
+def test_what_is_asked_of_the_stand_in_cupy_has_too(cupy: Any) -> None:
+    """All that the tests of this process have used so far, and all that every operation and a training use."""
+    for op in OPS.values():
+        if not op.updates and op.outs[0].kind not in HOST_KINDS:
+            for inputs, attrs in op.example(np.random.default_rng(5), np.float32)[:6]:
+                execute(op, moved(op, inputs), attrs)
+    taught("cupy").run()
+    used = {name: set(keywords) for name, keywords in standin.USED.items()}
+    kd.use_backend("numpy")
+    before = {name: sys.modules.pop(name) for name in ("cupy", "cupy.cuda")}
+    try:
+        real = pytest.importorskip("cupy", reason="the real CuPy is not installed: pip install 'minikd[cupy]'")
+        missing, other = [], []
+        for name, keywords in used.items():
+            try:
+                found = attrgetter(name)(real)
+            except AttributeError:
+                missing.append(name)
+                continue
+            if isinstance(found, real.ufunc):
+                taken = {"out", "casting", "dtype"}
+            else:
+                try:
+                    taken = set(inspect.signature(found).parameters)
+                except (TypeError, ValueError):
+                    continue
+            if "kwargs" not in taken and not keywords <= taken:
+                other.append(f"{name} takes no {', '.join(sorted(keywords - taken))}")
+        assert not missing
+        assert not other
+    finally:
+        for name in [n for n in sys.modules if n == "cupy" or n.startswith("cupy.")]:
+            del sys.modules[name]
+        sys.modules.update(before)
+        kd.use_backend("cupy")

@@ -29,7 +29,7 @@ class Refusals:
         self._record: Any = None
         self._numbers: dict[Any, int] = {}
         self._errors: list[Error] = []
-        self._kept = self.pending = False
+        self.pending = False  # whether something may have been written since the last look
 
     def numbered(self, question: Any, error: Error) -> int:
         """The number of a question, such as (operation, classes), and the error(row, value) of an answer to it."""
@@ -39,12 +39,11 @@ class Refusals:
                 self._errors.append(error)
             return number
 
-    def kept_record(self, xp: Any) -> Any:
-        """The record, for kernels that keep its address: from now on each `check` looks at it."""
-        self._kept = True
-        return self._made(xp)
+    def record(self, xp: Any) -> Any:
+        """The record; it stays the same array, so that kernels may keep its address.
 
-    def _made(self, xp: Any) -> Any:
+        Whoever has a kernel write to it says so by `pending = True` at each launch.
+        """
         with self._lock:
             if self._xp is not xp:
                 self._xp, self._record, self.pending = xp, xp.zeros(3, np.int64), False
@@ -54,7 +53,7 @@ class Refusals:
         """Write down the first of the rows that are wrong, if there is one and nothing was written down before."""
         if not wrong.size:
             return
-        record, number, row = self._made(xp), self.numbered(question, error), wrong.argmax()
+        record, number, row = self.record(xp), self.numbered(question, error), wrong.argmax()
         first = (record[0] == 0) & wrong.any()
         found = xp.stack([row + 1, xp.take(values, row), xp.full((), number, np.int64)])
         record[...] = xp.where(first, found, record)
@@ -62,9 +61,9 @@ class Refusals:
 
     def check(self) -> None:
         """Raise what was refused since the last look; waits for the device where something may have been."""
-        if self._record is None or not (self.pending or self._kept):
+        pending, self.pending = self.pending, False
+        if not pending or self._record is None:
             return
-        self.pending = False
         place, value, number = self._record.get().tolist()
         if place:
             self.forget()

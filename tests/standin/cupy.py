@@ -33,13 +33,16 @@ class HiddenCopy(AssertionError):
 
 
 class Copies:
-    """How many copies there were between the host and the device since the last `reset`."""
+    """How many copies there were between the host and the device since the last `reset`.
+
+    `queued` are copies to the device that the host does not wait for, by `runtime.memcpyAsync`.
+    """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.to_host = self.to_device = 0
+        self.to_host = self.to_device = self.queued = 0
 
 
 COPIES = Copies()
@@ -677,7 +680,7 @@ def _memcpy(dst: int, src: int, size: int, kind: int, stream: int = 0) -> None:
         COPIES.to_host += 1
         _refuse_captured("a copy to the host")
     elif kind == runtime.memcpyHostToDevice:
-        COPIES.to_device += 1
+        COPIES.queued += 1
     launched(lambda: ctypes.memmove(dst, src, size))
 
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from minikd.errors import BackendError
-from minikd.kernels.arrays import load_cupy
+from minikd.kernels.arrays import Pinned, address, load_cupy
 from minikd.kernels.calls import Beginning, OnHost, Product, taken_apart
 from minikd.kernels.launch import Call
 from minikd.ops.refusals import REFUSALS
@@ -48,9 +48,13 @@ class Number(Protocol):
 
 
 class Kernel(Protocol):
-    """A bound call that launches functions of our own and does nothing else; its name is that of its operation."""
+    """A bound call that launches functions of our own and does nothing else; its name is that of its operation.
+
+    refuses : whether it may note on the device that it refuses a label or row number.
+    """
 
     name: str
+    refuses: bool
     numbers: Sequence[Number]
     launches: Sequence[Call]
 
@@ -122,19 +126,14 @@ class Numbers:
         self._floats = np.zeros(count)
         self._integers = self._floats.view(np.int64)
         self._sent = self._floats.tobytes()
-        if not count:
-            return
-        xp = load_cupy()
-        self._block = xp.zeros(count, np.float64)
-        # A copy may read its pinned memory after the processor has gone on, so that each has memory of its own.
-        pinned = (xp.cuda.alloc_pinned_memory(self._floats.nbytes) for _ in range(COPIES_UNDER_WAY))
-        places = [(np.frombuffer(memory, np.float64, count), xp.cuda.Event()) for memory in pinned]
-        self._places = itertools.cycle(places)
-        self._runtime, self._stream = xp.cuda.runtime, xp.cuda.get_current_stream
+        self._block = load_cupy().zeros(count, np.float64) if count else None
+        # A copy may read its memory after the processor has gone on, so that each has memory of its own.
+        pinned = [Pinned((count,), np.float64) for _ in range(COPIES_UNDER_WAY if count else 0)]
+        self._pinned = itertools.cycle(pinned)
 
     def address(self, slot: int) -> int:
         """Where a number is on the device."""
-        return int(self._block.data.ptr) + slot * self._floats.itemsize
+        return address(self._block) + slot * self._floats.itemsize
 
     def noting(self, slot: int, number: Number, where: str) -> Call:
         """A call that notes the value that a number has then."""
@@ -142,19 +141,16 @@ class Numbers:
         return partial(_note, numbers, slot, number.read, where)
 
     def upload(self) -> None:
-        """Copy what was noted to the device on the current stream, unless it is there already; waits for nothing."""
+        """Copy what was noted to the device on the current stream, unless it is there already.
+
+        This waits for nothing but a copy that is COPIES_UNDER_WAY copies behind.
+        """
         noted = self._floats.tobytes()
-        if noted == self._sent:
-            return
-        place, done = next(self._places)
-        done.synchronize()  # the copy that used this place before, COPIES_UNDER_WAY copies ago
-        place[:] = self._floats
-        stream, runtime = self._stream(), self._runtime
-        runtime.memcpyAsync(
-            self._block.data.ptr, place.ctypes.data, place.nbytes, runtime.memcpyHostToDevice, stream.ptr
-        )
-        done.record(stream)
-        self._sent = noted
+        if noted != self._sent:
+            pinned = next(self._pinned)
+            pinned.for_writing()[:] = self._floats
+            pinned.copy_to(self._block, len(self._floats))
+            self._sent = noted
 
 
 def _note(numbers: np.ndarray, slot: int, read: Callable[[str], Any], where: str) -> None:
@@ -188,6 +184,7 @@ class GraphSequence:
         self.pieces, self.calls, self.calls_done = tuple(pieces), tuple(calls), 0
         read = sum(len(piece.numbers) for piece in pieces if _is_kernel(piece))
         self._numbers = Numbers(read)
+        self._refuses = any(getattr(piece, "refuses", False) for piece in pieces)
         self._before: list[Call] = []
         launches: list[Call] = []
         pointed: list[Number] = []
@@ -212,7 +209,8 @@ class GraphSequence:
         for call in self._before:
             call()
         self._numbers.upload()
-        REFUSALS.pending = True  # a kernel of the graph may find a wrong label
+        if self._refuses:
+            REFUSALS.pending = True
         self.graph.launch()
         self.calls_done = len(self.calls)
 
@@ -235,7 +233,7 @@ def join(calls: Sequence[Call]) -> list[Call]:
 
     for capturable, group in itertools.groupby(pieces, can_be_captured):
         neighbours = list(group)
-        launches = sum(not isinstance(piece, OnHost) for piece, _ in neighbours)
+        launches = sum(len(getattr(piece, "launches", "1")) for piece, _ in neighbours if not isinstance(piece, OnHost))
         parts += _joined(neighbours) if capturable and launches >= FEWEST_LAUNCHES else _apart(neighbours)
     return parts
 
