@@ -32,7 +32,7 @@ from minikd.checkpoints import Checkpoints
 from minikd.data import Dataset, load
 from minikd.errors import ArgumentError, ShapeError
 from minikd.kernels import current_backend, matmul_precision, use_backend
-from minikd.kernels.arrays import memory_in_use
+from minikd.kernels.arrays import here, memory_in_use
 from minikd.nn import MLP, Module
 from minikd.objectives import HardLabels, Objective
 from minikd.peers import Peers
@@ -521,7 +521,7 @@ class Experiment:
                     piece = model.normalisation.apply(self.dataset.raw(piece))
                 elif raw:
                     piece = self.dataset.raw(piece)
-                for name, output in model.eval()(piece, features=names)[1].items():
+                for name, output in model.eval()(here.put(piece), features=names)[1].items():
                     found[name].append(output.numpy())
         return {name: np.concatenate(pieces) for name, pieces in found.items()}
 

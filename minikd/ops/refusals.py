@@ -15,85 +15,74 @@ import numpy as np
 
 Error = Callable[[int, int], Exception]
 
-NO_ROW = np.iinfo(np.int64).max  # what a record holds in the place of a row while there is nothing to refuse
-RECORDS_AT_ONCE = 64
-
 
 class Refusals:
-    """The records of the device in use, and which error each of them stands for.
+    """What a device was given and had to refuse since somebody looked.
 
-    A record is an int64 array (2,) on the device: the row, NO_ROW while there is none, and the value in it.
+    The record is an int64 array (3,) on the device: 1 + the row, the value in it, and the number of the question that
+    this is the answer to; 0 in its first place while there is nothing. What is there is not written over.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._xp: Any = None
-        self._blocks: list[Any] = []  # arrays (RECORDS_AT_ONCE, 2) on the device
-        self._errors: dict[Any, Error] = {}  # by what is refused, in the order of the records
-        self.others: list[
-            Callable[[], Exception | None]
-        ] = []  # what empties records of others, and says what they hold
+        self._record: Any = None
+        self._numbers: dict[Any, int] = {}
+        self._errors: list[Error] = []
         self.pending = False  # whether something may have been written since the last look
 
-    def record(self, xp: Any, what: Any, error: Error) -> Any:
-        """The record for what is refused under the name `what`; it stays the same array, so that kernels may keep it.
+    def numbered(self, question: Any, error: Error) -> int:
+        """The number of a question, such as (operation, classes), and the error(row, value) of an answer to it."""
+        with self._lock:
+            number = self._numbers.setdefault(question, len(self._errors))
+            if number == len(self._errors):
+                self._errors.append(error)
+            return number
+
+    def record(self, xp: Any) -> Any:
+        """The record; it stays the same array, so that kernels may keep its address.
 
         Whoever has a kernel write to it says so by `pending = True` at each launch.
         """
         with self._lock:
             if self._xp is not xp:
-                self._xp, self._blocks, self._errors = xp, [], {}
-            self._errors.setdefault(what, error)
-            place = list(self._errors).index(what)
-            block, within = divmod(place, RECORDS_AT_ONCE)
-            if block == len(self._blocks):
-                self._blocks.append(xp.full((RECORDS_AT_ONCE, 2), NO_ROW, np.int64))
-            return self._blocks[block][within]
+                self._xp, self._record, self.pending = xp, xp.zeros(3, np.int64), False
+            return self._record
 
-    def note(self, xp: Any, what: Any, wrong: Any, values: Any, error: Error) -> None:
-        """Write down the first of the rows that are wrong, if there is one and none was written down before."""
+    def note(self, xp: Any, question: Any, wrong: Any, values: Any, error: Error) -> None:
+        """Write down the first of the rows that are wrong, if there is one and nothing was written down before."""
         if not wrong.size:
             return
-        record = self.record(xp, what, error)
-        row = wrong.argmax()
-        found = xp.stack([xp.where(wrong.any(), row, NO_ROW), xp.take(values, row)])
-        record[...] = xp.where(record[0] == NO_ROW, found, record)
+        record, number, row = self.record(xp), self.numbered(question, error), wrong.argmax()
+        first = (record[0] == 0) & wrong.any()
+        found = xp.stack([row + 1, xp.take(values, row), xp.full((), number, np.int64)])
+        record[...] = xp.where(first, found, record)
         self.pending = True
 
     def check(self) -> None:
-        """Raise what was written down since the last look; waits for the device if anything may have been."""
+        """Raise what was refused since the last look; waits for the device where something may have been."""
         pending, self.pending = self.pending, False
-        if not pending:
+        if not pending or self._record is None:
             return
-        errors = [error for take in self.others if (error := take()) is not None]
-        if errors:
+        place, value, number = self._record.get().tolist()
+        if place:
             self.forget()
-            raise errors[0]
-        if not self._blocks:
-            return
-        kept = [block.get() for block in self._blocks]
-        refused = [(k, row, value) for k, (row, value) in enumerate(np.concatenate(kept).tolist()) if row != NO_ROW]
-        if refused:
-            self.forget()
-            place, row, value = refused[0]
-            raise list(self._errors.values())[place](row, value)
+            raise self._errors[number](place - 1, value)
 
     def forget(self) -> None:
-        """Begin anew with empty records."""
+        """Leave nothing to refuse."""
         self.pending = False
-        for block in self._blocks:
-            block.fill(NO_ROW)
-        for take in self.others:
-            take()
+        if self._record is not None:
+            self._record.fill(0)
 
 
 REFUSALS = Refusals()
 
 
-def refuse_rows(xp: Any, what: Any, wrong: Any, values: Any, error: Error) -> None:
+def refuse_rows(xp: Any, question: Any, wrong: Any, values: Any, error: Error) -> None:
     """Refuse the first row where `wrong` (n,) is true: raise error(row, value) here, or note it on a device."""
     if xp is not np:
-        REFUSALS.note(xp, what, wrong, values, error)
+        REFUSALS.note(xp, question, wrong, values, error)
         return
     rows = np.flatnonzero(wrong)
     if rows.size:

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import platform
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ EXTRAS = {
     "teachers": ("sklearn", "onnxruntime"),
     "tensorboard": ("tensorboardX",),
 }
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "cupy": "cupy-cuda12x"}  # where a package has another name
+# Where a package has another name, or comes by one of several.
+DISTRIBUTIONS = {"sklearn": ("scikit-learn",), "cupy": ("cupy-cuda12x", "cupy-cuda13x", "cupy-cuda11x", "cupy")}
 
 
 def environment_table() -> Table:
@@ -95,7 +97,10 @@ def _version(package: str) -> str:
     """The installed version of a package, or an empty text if it cannot be imported."""
     if not importlib.util.find_spec(package):
         return ""
-    return importlib.metadata.version(DISTRIBUTIONS.get(package, package))
+    for distribution in DISTRIBUTIONS.get(package, (package,)):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return "of an unknown version"
 
 
 def _data_sets() -> Iterator[tuple[str, str]]:

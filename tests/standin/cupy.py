@@ -329,7 +329,7 @@ class ndarray:
 
     def __dlpack__(self, **options: Any) -> Any:
         _used("ndarray.__dlpack__")
-        return self._array.__dlpack__()
+        return self._array.__dlpack__(**{name: value for name, value in options.items() if name != "stream"})
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (CUDA_DEVICE, 0)

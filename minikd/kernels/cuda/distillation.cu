@@ -14,6 +14,7 @@ struct Common {
     real rate_s, rate_t;           /* the same, rounded */
     real rate_rest;                /* and what rounding the student's left */
     real ratio, lowest_t;          /* T_t/T_s; a z_t - top_t below it has probability 0 also in double */
+    int has_soft;                          /* a weight of 0 leaves its loss out, infinite or broken as it may be */
     int same_temperature, one_temperature; /* of student and teacher; of the student and the hard loss */
 };
 
@@ -43,6 +44,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     d.rate_rest = (real)(d.inverse_s - d.rate_s);
     d.ratio = (real)(d.inverse_s / d.inverse_t);
     d.lowest_t = (real)within_real(LOWEST_LOGARITHM / d.inverse_t);
+    d.has_soft = d.soft_scale != 0 || per_soft != 0; /* T² may be 0 where T is not */
     d.same_temperature = d.inverse_s == d.inverse_t;
     d.one_temperature = d.inverse_s == 1;
     *common = d;
@@ -71,7 +73,7 @@ static __device__ __forceinline__ void distillation_row(const Group &group, cons
     const Common &d = *common;
     const whole y = target ? target[row] : ignore_index;
     const bool labelled = y != ignore_index && d.hard_scale != 0, wrong = y != ignore_index && !is_class(y, c);
-    const bool soft = d.soft_scale != 0, one_temperature = d.one_temperature != 0, same = d.same_temperature != 0;
+    const bool soft = d.has_soft != 0, one_temperature = d.one_temperature != 0, same = d.same_temperature != 0;
     const real rate_s = d.rate_s, rate_t = d.rate_t, ratio = d.ratio, lowest_t = d.lowest_t;
     const double base = labelled ? label_smoothing / (double)c : 0;
     const real top_s = labelled || soft ? maximum(group, layout, z_s) : (real)0;

@@ -5,7 +5,7 @@
 
 Buffers of the kinds `scalar` and `counter` stay on the host: a 0-d array of NumPy, whose value is read at each call, or
 a float. All others are arrays of CuPy. A call allocates nothing and waits for nothing: what it needs beside its buffers
-is taken when it is bound, and a label or row number that is out of range is noted on the card (`refusals`), where the
+is taken when it is bound, and a label or row number that is out of range is noted on the card (`REFUSALS`), where the
 host finds it when it looks.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from minikd.errors import MinikdError, bad_temperature, label_out_of_range
+from minikd.errors import bad_temperature, label_out_of_range
 from minikd.kernels.cuda.sources import source
 from minikd.kernels.cuda.table import ATTRIBUTES, KERNELS, REDUCTIONS, THREADS, VARIANTS, Step, Variant
 from minikd.ops import OPS, Argument, Op
@@ -67,59 +67,6 @@ def variant(name: str, c: int, itemsize: int, most_shared: int) -> Variant:
         if (not found.most or c <= found.most) and found.kept * c * itemsize + STATIC_SHARED <= most_shared:
             return found
     raise AssertionError(f"the last variant of {name} takes any row")
-
-
-# --- what was refused ---
-
-
-class Refusals:
-    """Labels and row numbers out of range, which kernels note on the card and nobody else may raise.
-
-    The record holds the first since it was last looked at: 1 + its place, its value, and the number of the question
-    that it is the answer to. `numbered` gives those numbers; there is one for each operation and limit.
-    """
-
-    def __init__(self) -> None:
-        self.record: Any = None
-        self.questions: dict[tuple[str, str, int], int] = {}
-
-    def address(self) -> np.uint64:
-        """Where the kernels write."""
-        if self.record is None:
-            self.record = _cupy().zeros(3, np.int64)
-        return _address(self.record)
-
-    def numbered(self, op: str, argument: str, limit: int) -> int:
-        """The number of a question: whether `argument` of this operation is below `limit`."""
-        return self.questions.setdefault((op, argument, limit), len(self.questions))
-
-    def take(self) -> MinikdError | None:
-        """What was refused since the last look, if anything was. This waits for the card."""
-        if self.record is None:
-            return None
-        place, value, number = (int(x) for x in self.record.tolist())
-        if not place:
-            return None
-        self.record.fill(0)
-        op, argument, limit = list(self.questions)[number]
-        if argument == "rows":
-            return row_out_of_range(place - 1, value, limit)
-        return label_out_of_range(op, place - 1, value, limit)
-
-    def check(self) -> None:
-        """Raise what was refused. This waits for the card.
-
-        Raises
-        ------
-        ArgumentError : a label or row number out of range; the rows that it belongs to are NaN.
-        """
-        error = self.take()
-        if error is not None:
-            raise error
-
-
-refusals = Refusals()
-REFUSALS.others.append(refusals.take)  # so that whoever waits for the card looks here too
 
 
 def _address(array: Any) -> np.uint64:
@@ -171,8 +118,10 @@ class Look:
     def call(self) -> int:
         """The number of the question whether labels, or row numbers, are in range."""
         if "rows" in self.there:
-            return refusals.numbered(self.op.name, "rows", self.sizes["n"])
-        return refusals.numbered(self.op.name, "target", self.sizes["c"])
+            n = self.sizes["n"]
+            return REFUSALS.numbered(("take", n), lambda k, row: row_out_of_range(k, row, n))
+        name, c = self.op.name, self.sizes["c"]
+        return REFUSALS.numbered((name, c), lambda row, label: label_out_of_range(name, row, label, c))
 
     def attribute(self, name: str) -> Any:
         value = self.attrs[name]
@@ -193,7 +142,7 @@ DERIVED: dict[str, Callable[[Look], Any]] = {
     "bands": lambda look: COUNT(look.bands()),
     "each_row": lambda look: np.int32(look.attrs["reduction"] == "none"),
     "loss_scale": lambda look: FLOAT(look.loss_scale()),
-    "refused": lambda look: refusals.address(),
+    "refused": lambda look: _address(REFUSALS.record(_cupy())),
     "call": lambda look: COUNT(look.call()),
 }
 
