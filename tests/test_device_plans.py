@@ -6,7 +6,10 @@ No GPU is needed: a strict stand-in for CuPy refuses hidden copies and counts th
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import itertools
+import operator
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -21,11 +24,13 @@ from minikd import functional as F
 from minikd import steps
 from minikd.errors import ArgumentError, BackendError, PlanError
 from minikd.kernels import current_backend
-from minikd.kernels.arrays import on_device, to_device, to_host
+from minikd.kernels.arrays import address, on_device, owner_of, to_device, to_host
 from minikd.kernels.calls import Beginning, OnHost, Product, Several, taken_apart
 from minikd.kernels.cuda import graphs
 from minikd.kernels.cuda.graphs import COPIES_UNDER_WAY, GraphSequence, capture, join
+from minikd.kernels.recording import Buffer, Recorder, as_traced, plain, recording
 from minikd.ops.refusals import REFUSALS
+from minikd.plan import array_in
 
 
 @pytest.fixture
@@ -419,6 +424,42 @@ def test_what_looks_at_values_is_refused_while_it_is_recorded(use: Any, cupy: An
     x, y, _, _ = s.batch(0)
     with pytest.raises(PlanError, match=r"test_device_plans.py, line \d+"):
         kd.compile(lambda x, y: use(s, x, y))(x, y)
+
+
+needs_cupy = pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy, but no GPU (extra cupy)")
+
+
+@needs_cupy
+def test_arrays_of_the_real_cupy_are_guarded_as_those_of_the_stand_in() -> None:
+    """On memory of the host: what is refused is refused before anything would be computed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CuPy misses CUDA's own folders
+        real = importlib.import_module("cupy")
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    memory = real.cuda.UnownedMemory(values.ctypes.data, values.nbytes, values, 0)
+    array = real.ndarray((3, 4), np.float32, real.cuda.MemoryPointer(memory, 0))
+    part = array_in(array.view(np.uint8), 16, Buffer(0, 0, (2, 4), array.dtype, array.strides))
+    assert (part.shape, address(part)) == ((2, 4), address(array) + 16)
+    with recording(Recorder([array])) as writer:
+        guarded = as_traced(array)
+        assert type(plain(guarded)) is real.ndarray
+        assert owner_of(guarded[1:].reshape(-1).T) is array
+        place = writer.place(guarded[1:])
+        assert (place.storage, place.offset, place.shape) == (0, 16, (2, 4))
+        assert (guarded.shape, guarded.dtype, len(guarded), guarded.flags.c_contiguous) == ((3, 4), np.float32, 3, True)
+        binary = ("add", "iadd", "sub", "mul", "imul", "truediv", "pow", "matmul", "imatmul", "gt", "eq", "and_")
+        uses: list[Callable[[], Any]] = [
+            *(partial(getattr(operator, name), guarded, other) for name in binary for other in (2, array)),
+            *(partial(function, guarded) for function in (float, int, bool, complex, list, abs, operator.neg, np.exp)),
+            *(partial(np.multiply, np.float32(2), guarded), partial(operator.add, 2, guarded)),
+            *(partial(guarded.__getitem__, 0), partial(guarded.__setitem__, 0, 1)),
+        ]
+        for use in uses:
+            with pytest.raises(PlanError, match="of an array|an array as|going through|indexing|writing"):
+                use()
+        for name in ("get", "item", "sum", "astype", "copy", "tolist", "set", "fill"):
+            with pytest.raises(PlanError, match=rf"array\.{name}"):
+                getattr(guarded, name)
 
 
 def test_what_cupy_makes_of_an_argument_shows_in_the_second_recording(cupy: Any) -> None:
