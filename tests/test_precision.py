@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from standin import cupy as standin
 
 import minikd as kd
 from minikd import functional as F
+from minikd.cli import main
 from minikd.errors import ArgumentError, BackendError
 from minikd.kernels import current_backend, execute
 from minikd.kernels.arrays import to_device, to_host
@@ -217,6 +220,38 @@ def test_gradients_at_a_lower_precision_point_where_the_exact_ones_do(numpy_in_u
     for precision, most in (("tf32", 5e-3), ("bfloat16", 5e-2)):
         error = np.linalg.norm(found[precision] - found["float32"]) / np.linalg.norm(found["float32"])
         assert most / 50 < error < most
+
+
+# --- a whole run ---
+
+
+def test_a_run_is_computed_and_reported_at_its_precision(numpy_in_use: None, tmp_path: Path) -> None:
+    arguments = ["distill", "--backend", "numpy", "--quiet", "--teacher", "8", "--student", "4", "--labels", "0"]
+    arguments += ["--epochs", "1", "--teacher-epochs", "1", "--seeds", "0"]
+    models = {}
+    for precision in ("float32", "bfloat16"):
+        folder = tmp_path / precision
+        assert main([*arguments, "--precision", precision, "--out", str(folder)]) == 0
+        report = json.loads((folder / "report.json").read_text("utf-8"))
+        assert report["settings"]["precision"] == precision
+        assert f'precision = "{precision}"' in (folder / "config.toml").read_text("utf-8")
+        models[precision] = (folder / "student.safetensors").read_bytes()
+    assert models["float32"] != models["bfloat16"]
+
+
+@pytest.mark.usefixtures("c_in_use")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--precision", "float16"], '--precision must be one of "", float32, tf32, bfloat16'),
+        (["--backend", "c", "--precision", "tf32"], "--precision must be float32 on the backend 'c', got 'tf32'"),
+    ],
+)
+def test_a_run_at_a_precision_that_there_is_not_is_refused(
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["distill", *given, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
 
 
 # --- on a GPU ---
