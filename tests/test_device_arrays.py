@@ -28,7 +28,7 @@ from minikd.checkpoints import Checkpoints
 from minikd.cli import main
 from minikd.data import load
 from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError
-from minikd.kernels import bind, composed, current_backend, execute, input_arguments, run
+from minikd.kernels import bind, composed, cuda, current_backend, execute, input_arguments, run
 from minikd.kernels.arrays import HOST_KINDS, address, here, on_device, to_device, to_host
 from minikd.objectives import IGNORED, NAMES, Batch
 from minikd.ops import OPS, Op
@@ -38,8 +38,8 @@ from minikd.training import Training
 
 
 @pytest.fixture
-def cupy() -> Iterator[Any]:
-    """The stand-in as cupy, and its backend in use."""
+def with_kernels() -> Iterator[Any]:
+    """The stand-in as cupy, and its backend in use with its own kernels, which run on the processor."""
     before = current_backend()
     with standin.installed() as module:
         kd.use_backend("cupy")
@@ -48,6 +48,14 @@ def cupy() -> Iterator[Any]:
         finally:
             kd.use_backend(before)
             REFUSALS.forget()
+
+
+@pytest.fixture
+def cupy(with_kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same without these: what computes are the formulas, so that all bits are those of NumPy."""
+    monkeypatch.setattr(cuda, "NAMES", frozenset())
+    kd.use_backend("cupy")
+    return with_kernels
 
 
 def moved(op: Op, inputs: list[Any]) -> list[Any]:

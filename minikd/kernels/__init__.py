@@ -386,7 +386,8 @@ def input_arguments(op: Op, count: int) -> Sequence[Argument]:
 
 def as_array(value: Any) -> Any:
     """`value` as an array: of CuPy as it is, anything else as NumPy makes one of it."""
-    return plain(value) if on_device(value) else np.asarray(value)
+    on_host = isinstance(value, np.ndarray) or not on_device(value)
+    return np.asarray(value) if on_host else plain(value)
 
 
 def as_real(where: str, argument: str, value: Any, other: Any = np.float32) -> Any:
@@ -458,10 +459,11 @@ def prepare(op: Op, inputs: Sequence[Any], real: np.dtype[Any] | None = None) ->
     if real is None:
         real = _deciding_dtype(op, arguments, inputs)
     arrays: list[Any] = []
+    own = here.array
     for argument, value in zip(arguments, inputs, strict=True):
         wanted = KINDS[argument.kind] or real
-        own = np.ndarray if argument.kind in HOST_KINDS else here.array
-        if value is None or (type(value) is own and value.dtype == wanted and value.flags.c_contiguous):
+        as_it_is = type(value) is own and value.dtype == wanted and value.flags.c_contiguous
+        if value is None or (as_it_is and (own is np.ndarray or argument.kind not in HOST_KINDS)):
             arrays.append(value)
         elif type(value) is float and argument.kind == "scalar":
             arrays.append(value)  # launches take it as it is

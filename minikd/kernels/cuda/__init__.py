@@ -1,8 +1,8 @@
 """The backend "cupy": kernels for the current NVIDIA GPU, on arrays that stay in its memory.
 
 Sources in CUDA C++ are compiled by CuPy with NVRTC when one is first needed. `sources` puts the text of a source
-together, `table` says which of its functions an operation is made of, `launches` binds them to arrays, `graphs` launches
-those of a plan together, and `products` multiplies matrices. Nothing here imports CuPy before it is used.
+together, `table` says which of its functions an operation is made of, `launches` binds them to arrays, `graphs`
+launches those of a plan together, and `products` multiplies matrices. Nothing here imports CuPy before it is used.
 """
 
 from __future__ import annotations
