@@ -16,6 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 from standin import cupy as standin
@@ -476,6 +477,27 @@ def test_a_wrong_label_or_row_spoils_its_row_and_is_refused_when_somebody_waits(
         kd.synchronize()
     kd.synchronize()  # it is said once
     assert np.flatnonzero(np.isnan(to_host(found))).tolist() == [row]
+
+
+@pytest.mark.skipif(cuda_on_cpu.compiler() is None, reason="needs g++, which compiles the kernels for the processor")
+@pytest.mark.parametrize("name", ["a label", "a label of a distillation", "a row", "a row of bytes"])
+def test_the_kernels_refuse_what_the_formulas_refuse(name: str, with_kernels: Any) -> None:
+    call, message, row = WRONG[name]
+    found = call()
+    with pytest.raises(ArgumentError, match=message):
+        to_host(found)
+    assert np.flatnonzero(np.isnan(to_host(found))).tolist() == [row]
+
+
+@pytest.mark.skipif(cuda_on_cpu.compiler() is None, reason="needs g++, which compiles the kernels for the processor")
+def test_a_training_by_the_kernels_is_that_of_the_host_but_for_rounding(with_kernels: Any) -> None:
+    wanted = taught("numpy").run()
+    found = taught("cupy").run()
+    assert not found._take.refusals
+    losses = [[epoch["loss"] for epoch in training.history] for training in (found, wanted)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    for mine, theirs in zip(found.model.state_dict().values(), wanted.model.state_dict().values(), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_the_first_wrong_label_is_the_one_that_is_named(cupy: Any) -> None:
