@@ -29,13 +29,15 @@ from minikd.checkpoints import Checkpoints
 from minikd.cli import main
 from minikd.data import load
 from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError
+from minikd.export.finetune import finetune
 from minikd.kernels import bind, composed, cuda, current_backend, execute, input_arguments, run
 from minikd.kernels.arrays import HOST_KINDS, address, here, on_device, to_device, to_host
-from minikd.objectives import IGNORED, NAMES, Batch
+from minikd.objectives import IGNORED, NAMES, Batch, HardLabels, ReverseKL
 from minikd.ops import OPS, Op
 from minikd.ops.refusals import REFUSALS
 from minikd.report.environment import environment_table
 from minikd.training import Training
+from minikd.weighing import weigh_training
 
 
 @pytest.fixture
@@ -295,6 +297,37 @@ def test_a_saved_model_is_the_same_file_wherever_it_was_trained(cupy: Any, tmp_p
     assert (tmp_path / "cupy").read_bytes() == (tmp_path / "numpy").read_bytes()
     model = kd.load(tmp_path / "numpy")
     assert {p.device for p in model.parameters()} == {"cuda"}
+
+
+def weighed(backend: str) -> Any:
+    training = taught(backend, objective=HardLabels() + ReverseKL(0.5))
+    return weigh_training(training, training.first_rows())
+
+
+def finetuned(backend: str) -> Any:
+    training = taught(backend, optimizer="adamw").run()
+    x, soft = training._feed._host[0], training._feed._host[2]
+    y = np.where(training._target == IGNORED, -1, training._target)
+    found = finetune(training.model, x, y, soft, on_scale=True, epochs=2, batch_size=16)
+    return [p.tobytes() for p in found.model.state_dict().values()], found.history
+
+
+def without_a_class(backend: str) -> Any:
+    training = taught(backend).run()
+    x = training._feed._host[0]
+    added = kd.correct_bias(training.model, x, [0.1, 0.2, 0.3, 0.4], normalised=True)
+    return added.tolist(), training.model.predict_proba(x).mean(axis=0).tolist()
+
+
+def by_an_ensemble(backend: str) -> Any:
+    models = [taught(backend, seed=k).run().model for k in range(2)]
+    teacher = kd.as_teacher(models, classes=4, average="probabilities")
+    return teacher.logits(np.ones((3, 12), np.float32)).tolist()
+
+
+@pytest.mark.parametrize("use", [weighed, finetuned, without_a_class, by_an_ensemble], ids=lambda f: f.__name__)
+def test_what_is_done_with_a_model_of_the_device_gives_what_it_gives_on_the_host(use: Any, cupy: Any) -> None:
+    assert use("cupy") == use("numpy")
 
 
 # --- moving ---
