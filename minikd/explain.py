@@ -175,7 +175,7 @@ def explain(plan: Plan, timed: bool = True) -> str:
     seconds = measure(plan) if timed else []
     graphs = sum(hasattr(part, "graph") for part in plan.parts)
     native = "one call of C" if plan.one_call else f"{len(plan.parts)} calls from Python"
-    native += f", {graphs} of them CUDA graphs," if graphs else ""
+    native += f" ({graphs} of them CUDA graphs)" if graphs else ""
     memory = plan.memory
     text = [
         f"{len(table)} kernels in {native}: {_quantity(sum(r.flops for r in table), 'FLOP')}, "

@@ -193,7 +193,7 @@ def test_every_kernel_agrees_with_the_reference_on_every_example(name: str, dtyp
 
 
 def test_every_kernel_is_one_of_the_table_of_operations_and_has_its_vjp() -> None:
-    assert set(kernel_names()) >= launches.NAMES
+    assert not launches.NAMES - set(kernel_names())
     differentiable = {n for n in FORWARD if OPS[n].vjp}
     assert {n + "_vjp" for n in differentiable} - launches.NAMES == {"mul_vjp", "take_vjp"}
 
@@ -308,7 +308,8 @@ def test_the_last_function_of_each_kind_takes_rows_of_any_length() -> None:
 @each_float
 @pytest.mark.parametrize("name", [*ON_ROWS, "bias_relu", "adam_step", "dropout", "take", "take_scaled"])
 def test_no_result_depends_on_where_the_arrays_lie(name: str, dtype: str) -> None:
-    case = row_case(name, row_inputs(name, 3, 100, dtype), dtype) if name in ON_ROWS else list(cases(name, dtype))[-1]
+    on_rows = name in ON_ROWS
+    case = row_case(name, row_inputs(name, 3, 100, dtype), dtype) if on_rows else list(cases(name, dtype))[-1]
     op, found = OPS[name], []
     for shift in range(4):
         given = []

@@ -6,11 +6,15 @@ No GPU is needed: a strict stand-in for CuPy refuses hidden copies and counts th
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import itertools
+import operator
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 from standin import cupy as standin
@@ -20,16 +24,20 @@ from minikd import functional as F
 from minikd import steps
 from minikd.errors import ArgumentError, BackendError, PlanError
 from minikd.kernels import current_backend
-from minikd.kernels.arrays import on_device, to_device, to_host
+from minikd.kernels.arrays import address, on_device, owner_of, to_device, to_host
 from minikd.kernels.calls import Beginning, OnHost, Product, Several, taken_apart
 from minikd.kernels.cuda import graphs
 from minikd.kernels.cuda.graphs import COPIES_UNDER_WAY, GraphSequence, capture, join
+from minikd.kernels.recording import Buffer, Recorder, as_traced, plain, recording
 from minikd.ops.refusals import REFUSALS
+from minikd.plan import array_in
 
 
 @pytest.fixture
 def cupy() -> Iterator[Any]:
     """The stand-in for CuPy, and its backend in use."""
+    if cuda_on_cpu.compiler() is None:
+        pytest.skip("needs g++, which compiles the kernels for the processor")
     before = current_backend()
     graphs._captures_products.clear()
     with standin.installed() as module:
@@ -339,7 +347,7 @@ def test_a_step_that_is_replayed_leaves_the_bits_of_one_that_is_not(optimizer: s
         wanted = eager.step(*eager.batch(seed))
         batch = compiled.batch(seed)
         found, copies = counted(partial(step, *batch))
-        assert seed < 2 or copies[:2] == (0, 0)
+        assert seed < 2 or copies == (0, 0, 1)  # the loss that is returned is all that is allocated
         assert on_device(found.array)
         assert found.numpy().tobytes() == wanted.numpy().tobytes()
         assert compiled.state == eager.state
@@ -416,6 +424,42 @@ def test_what_looks_at_values_is_refused_while_it_is_recorded(use: Any, cupy: An
     x, y, _, _ = s.batch(0)
     with pytest.raises(PlanError, match=r"test_device_plans.py, line \d+"):
         kd.compile(lambda x, y: use(s, x, y))(x, y)
+
+
+needs_cupy = pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy, but no GPU (extra cupy)")
+
+
+@needs_cupy
+def test_arrays_of_the_real_cupy_are_guarded_as_those_of_the_stand_in() -> None:
+    """On memory of the host: what is refused is refused before anything would be computed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CuPy misses CUDA's own folders
+        real = importlib.import_module("cupy")
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    memory = real.cuda.UnownedMemory(values.ctypes.data, values.nbytes, values, 0)
+    array = real.ndarray((3, 4), np.float32, real.cuda.MemoryPointer(memory, 0))
+    part = array_in(array.view(np.uint8), 16, Buffer(0, 0, (2, 4), array.dtype, array.strides))
+    assert (part.shape, address(part)) == ((2, 4), address(array) + 16)
+    with recording(Recorder([array])) as writer:
+        guarded = as_traced(array)
+        assert type(plain(guarded)) is real.ndarray
+        assert owner_of(guarded[1:].reshape(-1).T) is array
+        place = writer.place(guarded[1:])
+        assert (place.storage, place.offset, place.shape) == (0, 16, (2, 4))
+        assert (guarded.shape, guarded.dtype, len(guarded), guarded.flags.c_contiguous) == ((3, 4), np.float32, 3, True)
+        binary = ("add", "iadd", "sub", "mul", "imul", "truediv", "pow", "matmul", "imatmul", "gt", "eq", "and_")
+        uses: list[Callable[[], Any]] = [
+            *(partial(getattr(operator, name), guarded, other) for name in binary for other in (2, array)),
+            *(partial(function, guarded) for function in (float, int, bool, complex, list, abs, operator.neg, np.exp)),
+            *(partial(np.multiply, np.float32(2), guarded), partial(operator.add, 2, guarded)),
+            *(partial(guarded.__getitem__, 0), partial(guarded.__setitem__, 0, 1)),
+        ]
+        for use in uses:
+            with pytest.raises(PlanError, match="of an array|an array as|going through|indexing|writing"):
+                use()
+        for name in ("get", "item", "sum", "astype", "copy", "tolist", "set", "fill"):
+            with pytest.raises(PlanError, match=rf"array\.{name}"):
+                getattr(guarded, name)
 
 
 def test_what_cupy_makes_of_an_argument_shows_in_the_second_recording(cupy: Any) -> None:
@@ -518,7 +562,7 @@ def test_steps_of_an_epoch_that_is_known_copy_nothing_between_host_and_device(
     for count in (3, 9):
         _, counts[count] = counted(partial(step.epoch, *(x[:count] for x in given)))
         assert counts[count][1] == 0
-    assert counts[3][0] == counts[9][0] == 1  # a look at what was refused, at the end
+    assert counts[3][0] == counts[9][0] <= 2  # looks at what was refused, at the end
 
 
 def test_the_rows_of_a_data_set_on_the_device_are_gathered_there(cupy: Any) -> None:
@@ -610,7 +654,7 @@ def test_a_plan_on_the_device_can_be_explained_and_measured(cupy: Any) -> None:
     before = s.state
     text = step.explain()
     assert s.state == before
-    assert " calls from Python" in text.splitlines()[0]
+    assert "10 calls from Python (4 of them CUDA graphs)" in text.splitlines()[0]
     assert "adam_step" in text
     assert " µs" in text
     assert step.plans[0].dot().startswith("digraph")

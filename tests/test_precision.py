@@ -79,6 +79,16 @@ def test_a_product_differs_by_the_rounding_of_its_factors(precision: str) -> Non
     assert half / 50 < worst < 2 * half + 1e-6
 
 
+@pytest.mark.parametrize("size", [64, 500])
+@pytest.mark.parametrize(("precision", "stated"), [("tf32", 2.9e-4), ("bfloat16", 2.4e-3)])
+def test_a_product_of_random_matrices_is_as_far_off_as_is_stated(precision: str, stated: float, size: int) -> None:
+    rng = np.random.default_rng(size)
+    a, b = (rng.normal(size=(size, size)).astype(np.float32) for _ in "ab")
+    out, exact = np.empty_like(a), a.astype(np.float64) @ b
+    emulated(precision)(a, b, out)
+    assert np.linalg.norm(out - exact) / np.linalg.norm(exact) == pytest.approx(stated, rel=0.1)
+
+
 @reduced
 def test_products_in_float64_keep_every_digit(precision: str) -> None:
     a, b = np.full((2, 3), 1 / 3), np.full((3, 2), 1 / 7)

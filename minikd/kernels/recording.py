@@ -13,6 +13,7 @@ import linecache
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -418,10 +419,9 @@ def _traced_type(array: Any) -> Any:
         def __format__(self, specification: str) -> str:
             return repr(self)
 
-    for name in (
-        _OPERATORS if array is not np.ndarray else ()
-    ):  # which NumPy hands to __array_ufunc__, and CuPy not always
-        setattr(Traced, name, _refusing(name, getattr(array, name)))
+    if array is not np.ndarray:  # which hands its operators to __array_ufunc__; CuPy's do not always
+        for name in filter(partial(hasattr, array), _OPERATORS):
+            setattr(Traced, name, _refusing(name, getattr(array, name)))
     return Traced
 
 
