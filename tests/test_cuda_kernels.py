@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -605,3 +607,17 @@ def test_optimizer_steps_and_rows_that_are_fetched_have_the_bits_of_cs(name: str
         found = run(name, *case.written, *case.inputs, **case.attrs)
         for actual, expected in zip(found, wanted, strict=False):
             assert actual.tobytes() == expected.tobytes()
+
+
+# --- under the sanitizers ---
+
+
+@pytest.mark.skipif(os.environ.get("MINIKD_SANITIZE") != "1", reason="takes a minute; asked for by MINIKD_SANITIZE=1")
+def test_no_kernel_reads_or_writes_beyond_its_arrays_or_leaves_anything_undefined() -> None:
+    environment = cuda_on_cpu.sanitized()
+    if environment is None:
+        pytest.skip("needs the sanitizers of g++ (libasan, libubsan)")
+    chosen = "every_example or every_length or warp_cannot or arrays_lie or masks"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
