@@ -185,9 +185,16 @@ def _warn_of_probabilities(where: str, *, levels: int = 3, **logits: Any) -> Non
         warnings.warn(f"{message} Pass the scores before softmax, or log(p).", UserWarning, stacklevel=levels)
 
 
+def _labels(where: str, target: Any) -> Any:
+    """The target as an array where the backend computes; one that lies elsewhere is refused."""
+    if isinstance(target, Tensor):
+        return target.array
+    return target if type(target) is here.array else taken_in(where, "target", target, as_array(target))
+
+
 def _row_targets(where: str, target: Any, n: int, c: int) -> tuple[Any, bool]:
     """The target as an array, and whether it holds class probabilities (n, c) and not class ids (n,)."""
-    array = target.array if isinstance(target, Tensor) else taken_in(where, "target", target, as_array(target))
+    array = _labels(where, target)
     if array.ndim == 2 and array.shape == (n, c):
         return as_real(where, "target", array), True
     if array.shape != (n,):
@@ -1021,7 +1028,7 @@ def corrected_logits(teacher_logits: Any, target: Any, ignore_index: int = -100)
 
 def _class_ids(where: str, target: Any, n: int) -> Any:
     """The target as an array of class ids (n,)."""
-    array = target.array if isinstance(target, Tensor) else taken_in(where, "target", target, as_array(target))
+    array = _labels(where, target)
     if array.shape != (n,):
         raise ShapeError(where, "target", expected=f"class ids of shape ({n},)", got=f"shape {array.shape}")
     return array

@@ -158,7 +158,7 @@ class Module:
         raise ArgumentError("Module", "features", expected="asked of a Sequential", got=type(self).__name__)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, Tensor) or is_array(value):
+        if recorder() is not None and (isinstance(value, Tensor) or is_array(value)):
             refuse("a tensor or an array put into a module", "Return it from the step, and keep it outside.")
         object.__setattr__(self, name, value)
         LAYOUT.changed()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from minikd.kernels.cuda.table import KERNELS, VARIANTS
 from minikd.kernels.reference import bind_reference
 from minikd.ops import OPS
 from minikd.ops.op import KINDS
+from minikd.ops.refusals import Refusals
 
 FLOATS = ("float32", "float64")
 each_float = pytest.mark.parametrize("dtype", FLOATS)
@@ -68,7 +71,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     stand_in.zeros = lambda shape, dtype: on_device(np.zeros(shape, dtype))
     stand_in.cuda = types.SimpleNamespace(Device=Device)
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
-    monkeypatch.setattr(launches, "refusals", launches.Refusals())
+    monkeypatch.setattr(launches, "REFUSALS", Refusals())
     monkeypatch.setattr(launches, "_module", modules)
     yield
     RawModule.order = 0
@@ -500,8 +503,8 @@ def test_the_first_wrong_label_is_found_afterwards_and_its_row_is_nan(name: str,
     np.testing.assert_array_equal(np.isnan(buffers[0]), wrong)
     np.testing.assert_array_equal(np.isnan(buffers[1]), np.repeat(wrong[:, None], c, axis=1))
     with pytest.raises(ArgumentError, match=rf"target\[3\].*{c}"):
-        launches.refusals.check()
-    launches.refusals.check()
+        launches.REFUSALS.check()
+    launches.REFUSALS.check()
 
 
 @each_float
@@ -510,14 +513,14 @@ def test_the_first_wrong_row_number_is_found_afterwards(dtype: str) -> None:
     found, *_ = run("take", np.zeros((4, 7), dtype), x, rows)
     assert np.isnan(found).all(axis=1).tolist() == [False, False, True, True]
     with pytest.raises(ArgumentError, match=r"rows\[2\].*from 0 to 4.*5"):
-        launches.refusals.check()
+        launches.REFUSALS.check()
     bytes_, column = np.ones((5, 7), np.uint8), np.ones(7, dtype)
     found, *_ = run("take_scaled", np.zeros((4, 7), dtype), bytes_, rows, column, column)
     assert np.isnan(found).all(axis=1).tolist() == [False, False, True, True]
     run("take_index", np.zeros(4, np.int64), np.arange(3), np.array([0, 2, 1, 3]))
     with pytest.raises(ArgumentError, match=r"rows\[2\].*from 0 to 4.*5"):
-        launches.refusals.check()  # the first one; what came later has been seen with it
-    launches.refusals.check()
+        launches.REFUSALS.check()  # the first one; what came later has been seen with it
+    launches.REFUSALS.check()
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, np.nan, np.inf])
@@ -604,3 +607,17 @@ def test_optimizer_steps_and_rows_that_are_fetched_have_the_bits_of_cs(name: str
         found = run(name, *case.written, *case.inputs, **case.attrs)
         for actual, expected in zip(found, wanted, strict=False):
             assert actual.tobytes() == expected.tobytes()
+
+
+# --- under the sanitizers ---
+
+
+@pytest.mark.skipif(os.environ.get("MINIKD_SANITIZE") != "1", reason="takes a minute; asked for by MINIKD_SANITIZE=1")
+def test_no_kernel_reads_or_writes_beyond_its_arrays_or_leaves_anything_undefined() -> None:
+    environment = cuda_on_cpu.sanitized()
+    if environment is None:
+        pytest.skip("needs the sanitizers of g++ (libasan, libubsan)")
+    chosen = "every_example or every_length or warp_cannot or arrays_lie or masks"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

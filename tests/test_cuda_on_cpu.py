@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import cuda_on_cpu
@@ -91,6 +89,7 @@ extern "C" __global__ void no_barrier(float *x)
     x[threadIdx.x] = y[63 - threadIdx.x];
 }
 extern "C" __global__ void beyond(float *x, int n) { x[n] = 1; }
+extern "C" __global__ void crooked(float *x, int n) { *(float4 *)(x + n - 999) = make_float4(1, 2, 3, 4); }
 extern "C" __global__ void beyond_shared(float *x, int n)
 {
     extern __shared__ float y[];
@@ -182,30 +181,29 @@ def test_what_the_driver_refuses_is_refused() -> None:
         RawModule(code="", backend="nvcc")
 
 
-@pytest.mark.parametrize("name", ["beyond", "beyond_shared"])
-def test_the_address_sanitizer_sees_what_lies_beyond_an_array(name: str) -> None:
-    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    library = found.stdout.strip()
-    if not Path(library).is_absolute():
-        pytest.skip("needs the address sanitizer of g++ (libasan)")
+def test_the_sanitizers_see_what_lies_beyond_an_array_and_vectors_that_begin_where_none_may() -> None:
+    environment = cuda_on_cpu.sanitized()
+    if environment is None:
+        pytest.skip("needs the address sanitizer of g++ (libasan, libubsan)")
     code = (
         "import sys; import numpy as np; from cuda_on_cpu import RawModule; from test_cuda_on_cpu import SOURCE;"
-        "RawModule.extra = ('-fsanitize=address',);"
-        "launch = RawModule(code=SOURCE).get_function(sys.argv[1]); x = np.zeros(1000, np.float32);"
-        "launch((1,), (1,), (x, np.int32(sys.argv[2])), shared_mem=4000)"
+        "x, module = np.zeros(1000, np.float32), RawModule(code=SOURCE);"
+        "launch = lambda name, n: module.get_function(name)((1,), (1,), (x, np.int32(n)), shared_mem=4000);"
+        "launch('beyond', 999); launch('beyond_shared', 999); launch('crooked', 1003);"
+        "print('inside', flush=True); launch(sys.argv[1], 1000)"
     )
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": library,
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
-    }
-
-    def run(n: int) -> Any:
-        command = [sys.executable, "-c", code, name, str(n)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-    inside, outside = run(999), run(1000)
-    assert inside.returncode == 0, inside.stderr
-    assert outside.returncode != 0
-    assert "heap-buffer-overflow" in outside.stderr
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, name],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("beyond", "beyond_shared", "crooked")
+    ]
+    for child, words in zip(children, ("heap-buffer-overflow", "heap-buffer-overflow", "misaligned"), strict=True):
+        out, err = child.communicate()
+        assert out.strip() == "inside"
+        assert child.returncode != 0
+        assert words in err

@@ -16,6 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 from standin import cupy as standin
@@ -28,18 +29,20 @@ from minikd.checkpoints import Checkpoints
 from minikd.cli import main
 from minikd.data import load
 from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError
-from minikd.kernels import bind, composed, current_backend, execute, input_arguments, run
+from minikd.export.finetune import finetune
+from minikd.kernels import bind, composed, cuda, current_backend, execute, input_arguments, run
 from minikd.kernels.arrays import HOST_KINDS, address, here, on_device, to_device, to_host
-from minikd.objectives import IGNORED, NAMES, Batch
+from minikd.objectives import IGNORED, NAMES, Batch, HardLabels, ReverseKL
 from minikd.ops import OPS, Op
 from minikd.ops.refusals import REFUSALS
 from minikd.report.environment import environment_table
 from minikd.training import Training
+from minikd.weighing import weigh_training
 
 
 @pytest.fixture
-def cupy() -> Iterator[Any]:
-    """The stand-in as cupy, and its backend in use."""
+def with_kernels() -> Iterator[Any]:
+    """The stand-in as cupy, and its backend in use with its own kernels, which run on the processor."""
     before = current_backend()
     with standin.installed() as module:
         kd.use_backend("cupy")
@@ -48,6 +51,14 @@ def cupy() -> Iterator[Any]:
         finally:
             kd.use_backend(before)
             REFUSALS.forget()
+
+
+@pytest.fixture
+def cupy(with_kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same without these: what computes are the formulas, so that all bits are those of NumPy."""
+    monkeypatch.setattr(cuda, "NAMES", frozenset())
+    kd.use_backend("cupy")
+    return with_kernels
 
 
 def moved(op: Op, inputs: list[Any]) -> list[Any]:
@@ -288,6 +299,37 @@ def test_a_saved_model_is_the_same_file_wherever_it_was_trained(cupy: Any, tmp_p
     assert {p.device for p in model.parameters()} == {"cuda"}
 
 
+def weighed(backend: str) -> Any:
+    training = taught(backend, objective=HardLabels() + ReverseKL(0.5))
+    return weigh_training(training, training.first_rows())
+
+
+def finetuned(backend: str) -> Any:
+    training = taught(backend, optimizer="adamw").run()
+    x, soft = training._feed._host[0], training._feed._host[2]
+    y = np.where(training._target == IGNORED, -1, training._target)
+    found = finetune(training.model, x, y, soft, on_scale=True, epochs=2, batch_size=16)
+    return [p.tobytes() for p in found.model.state_dict().values()], found.history
+
+
+def without_a_class(backend: str) -> Any:
+    training = taught(backend).run()
+    x = training._feed._host[0]
+    added = kd.correct_bias(training.model, x, [0.1, 0.2, 0.3, 0.4], normalised=True)
+    return added.tolist(), training.model.predict_proba(x).mean(axis=0).tolist()
+
+
+def by_an_ensemble(backend: str) -> Any:
+    models = [taught(backend, seed=k).run().model for k in range(2)]
+    teacher = kd.as_teacher(models, classes=4, average="probabilities")
+    return teacher.logits(np.ones((3, 12), np.float32)).tolist()
+
+
+@pytest.mark.parametrize("use", [weighed, finetuned, without_a_class, by_an_ensemble], ids=lambda f: f.__name__)
+def test_what_is_done_with_a_model_of_the_device_gives_what_it_gives_on_the_host(use: Any, cupy: Any) -> None:
+    assert use("cupy") == use("numpy")
+
+
 # --- moving ---
 
 
@@ -468,6 +510,27 @@ def test_a_wrong_label_or_row_spoils_its_row_and_is_refused_when_somebody_waits(
         kd.synchronize()
     kd.synchronize()  # it is said once
     assert np.flatnonzero(np.isnan(to_host(found))).tolist() == [row]
+
+
+@pytest.mark.skipif(cuda_on_cpu.compiler() is None, reason="needs g++, which compiles the kernels for the processor")
+@pytest.mark.parametrize("name", ["a label", "a label of a distillation", "a row", "a row of bytes"])
+def test_the_kernels_refuse_what_the_formulas_refuse(name: str, with_kernels: Any) -> None:
+    call, message, row = WRONG[name]
+    found = call()
+    with pytest.raises(ArgumentError, match=message):
+        to_host(found)
+    assert np.flatnonzero(np.isnan(to_host(found))).tolist() == [row]
+
+
+@pytest.mark.skipif(cuda_on_cpu.compiler() is None, reason="needs g++, which compiles the kernels for the processor")
+def test_a_training_by_the_kernels_is_that_of_the_host_but_for_rounding(with_kernels: Any) -> None:
+    wanted = taught("numpy").run()
+    found = taught("cupy").run()
+    assert not found._take.refusals
+    losses = [[epoch["loss"] for epoch in training.history] for training in (found, wanted)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    for mine, theirs in zip(found.model.state_dict().values(), wanted.model.state_dict().values(), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_the_first_wrong_label_is_the_one_that_is_named(cupy: Any) -> None:

@@ -340,7 +340,7 @@ def _flows(network: Network, rows: np.ndarray) -> list[_Flow]:
             expected = "finite for all rows of the calibration"
             got = "NaN or infinity"
             raise ArgumentError("quantise", f"the output of layer {number}", expected=expected, got=got, fix=fix)
-        rows = np.asarray(getattr(F, layer.activation)(product)) if layer.activation else product
+        rows = np.asarray(F.of_host(getattr(F, layer.activation), product)) if layer.activation else product
         found.append(_Flow(product, rows))
     return found
 
@@ -400,7 +400,7 @@ def _table(activation: str, product: Affine, output: Affine) -> np.ndarray | Non
     if activation not in BENDS:
         return None
     every = product.scale * (np.arange(LOWEST, HIGHEST + 1) - product.zero).astype(np.float64)
-    return output.quantise(getattr(F, activation)(every))
+    return output.quantise(F.of_host(getattr(F, activation), every))
 
 
 def _weight_scale(layer: Layer, source: Affine) -> np.ndarray:

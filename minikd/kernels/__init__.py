@@ -43,14 +43,14 @@ class Backend:
     """Where a backend's kernels are: a module with `unavailable()`, `NAMES` and `binder(name)`.
 
     A module whose calls can be given other buffers also has `launcher(name)`, which takes buffers and attributes and
-    makes a `Launch`. `requires` is the package that is looked for without importing it, `extra` what installs it, and
-    `chosen_by_itself` whether it may be the default where nobody asks for another.
+    makes a `Launch`. `requires` is the package that is looked for without importing it, and `extra` what installs it.
+    `on_host` : whether its arrays are NumPy's; only such a backend is the default where nobody asks for one.
     """
 
     module: str
     requires: str
     extra: str
-    chosen_by_itself: bool = True
+    on_host: bool = True
 
     def missing(self) -> str:
         """Why this backend cannot run here, or an empty text if it can."""
@@ -65,7 +65,7 @@ BACKENDS: dict[str, Backend] = {
     "c": Backend("minikd.kernels.native", "", ""),
     "numba": Backend("minikd.kernels.jit", "numba", "numba"),
     "numpy": Backend("minikd.kernels.reference", "", ""),
-    "cupy": Backend("minikd.kernels.cuda", "cupy", "cupy", chosen_by_itself=False),
+    "cupy": Backend("minikd.kernels.cuda", "cupy", "cupy", on_host=False),
 }
 
 
@@ -262,7 +262,7 @@ def _choose_first() -> None:
     if not wanted:
         if any(os.environ.get("MINIKD_" + what) for what in ("CPU", "NUM_THREADS", "PRODUCTS")):
             importlib.import_module(BACKENDS["c"].module).heed_environment()  # never silently slower than was asked for
-        ready = (name for name, backend in BACKENDS.items() if backend.chosen_by_itself and not backend.missing())
+        ready = (name for name, backend in BACKENDS.items() if backend.on_host and not backend.missing())
         use_backend(next(ready))
         return
     try:
@@ -391,7 +391,8 @@ def input_arguments(op: Op, count: int) -> Sequence[Argument]:
 
 def as_array(value: Any) -> Any:
     """`value` as an array: of CuPy as it is, anything else as NumPy makes one of it."""
-    return plain(value) if on_device(value) else np.asarray(value)
+    on_host = isinstance(value, np.ndarray) or not on_device(value)
+    return np.asarray(value) if on_host else plain(value)
 
 
 def as_real(where: str, argument: str, value: Any, other: Any = np.float32) -> Any:
@@ -463,10 +464,11 @@ def prepare(op: Op, inputs: Sequence[Any], real: np.dtype[Any] | None = None) ->
     if real is None:
         real = _deciding_dtype(op, arguments, inputs)
     arrays: list[Any] = []
+    own = here.array
     for argument, value in zip(arguments, inputs, strict=True):
         wanted = KINDS[argument.kind] or real
-        own = np.ndarray if argument.kind in HOST_KINDS else here.array
-        if value is None or (type(value) is own and value.dtype == wanted and value.flags.c_contiguous):
+        as_it_is = type(value) is own and value.dtype == wanted and value.flags.c_contiguous
+        if value is None or (as_it_is and (own is np.ndarray or argument.kind not in HOST_KINDS)):
             arrays.append(value)
         elif type(value) is float and argument.kind == "scalar":
             arrays.append(value)  # launches take it as it is

@@ -64,7 +64,7 @@ class Refusals:
         pending, self.pending = self.pending, False
         if not pending or self._record is None:
             return
-        place, value, number = self._record.get().tolist()
+        place, value, number = self._record.tolist()
         if place:
             self.forget()
             raise self._errors[number](place - 1, value)

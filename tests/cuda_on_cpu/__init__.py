@@ -7,13 +7,15 @@
 The source is compiled by g++ as C++17 with `cuda_on_cpu.h` in front of it, each thread becoming a fibre; libraries are
 kept in a temporary folder of this process by the digest of what they were made from. An argument is an array of NumPy
 (or anything with `.data.ptr`), a NumPy scalar, or a Python number: an int is an int64 or an address, a float a double.
-Wrong numbers and sizes of arguments, unequal barriers and shuffles raise `LaunchError`.
+Wrong numbers and sizes of arguments, unequal barriers and shuffles raise `LaunchError`. Options for g++, such as
+-fsanitize=address, may be added in CUDA_ON_CPU_OPTIONS.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -60,6 +62,24 @@ class _Launch(ctypes.Structure):
 def compiler() -> str | None:
     """The C++ compiler that there is."""
     return shutil.which("g++")
+
+
+def sanitized() -> dict[str, str] | None:
+    """The environment of a child process in which sources are compiled with the sanitizers of addresses and of what C++
+    leaves undefined, such as a vector that is read where none may begin; None without them."""
+    if compiler() is None:
+        return None
+    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    library = found.stdout.strip()
+    if not Path(library).is_absolute():
+        return None
+    return {
+        **os.environ,
+        "CUDA_ON_CPU_OPTIONS": "-fsanitize=address,undefined -fno-sanitize-recover=all",
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": os.pathsep.join([str(HEADER.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
 
 
 @cache
@@ -109,7 +129,7 @@ class RawModule:
     """The kernels of one source, as `cupy.RawModule`."""
 
     order = 0  # of the threads and blocks: 0 as they are numbered, 1 the other way round, 2 mixed
-    extra: tuple[str, ...] = ()  # options for g++ alone
+    extra: tuple[str, ...] = tuple(os.environ.get("CUDA_ON_CPU_OPTIONS", "").split())  # for g++ alone
 
     def __init__(self, *, code: str, options: tuple[str, ...] = (), backend: str = "nvrtc") -> None:
         if backend != "nvrtc":

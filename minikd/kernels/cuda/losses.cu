@@ -114,7 +114,7 @@ template <int ITEMS, int V> static __device__ __forceinline__ void cross_entropy
 }
 
 #define CROSS_ENTROPY_WARP(items, v)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(128) cross_entropy_warp_##items(CROSS_ENTROPY_PARAMETERS)             \
+    extern "C" __global__ void __launch_bounds__(128, 1) cross_entropy_warp_##items(CROSS_ENTROPY_PARAMETERS)             \
     {                                                                                                                  \
         cross_entropy_warp<items, v>(CROSS_ENTROPY_ARGUMENTS);                                                         \
     }
@@ -123,7 +123,7 @@ CROSS_ENTROPY_WARP(1, 1)
 CROSS_ENTROPY_WARP(4, PER_VECTOR)
 CROSS_ENTROPY_WARP(32, PER_VECTOR)
 
-extern "C" __global__ void __launch_bounds__(256) cross_entropy_block(CROSS_ENTROPY_PARAMETERS)
+extern "C" __global__ void __launch_bounds__(256, 1) cross_entropy_block(CROSS_ENTROPY_PARAMETERS)
 {
     __shared__ Told told;
     const Block group(&told);
@@ -193,7 +193,7 @@ template <int ITEMS, int V> static __device__ __forceinline__ void soft_cross_en
 }
 
 #define SOFT_WARP(items, v)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128) soft_cross_entropy_warp_##items(SOFT_PARAMETERS)                 \
+    extern "C" __global__ void __launch_bounds__(128, 1) soft_cross_entropy_warp_##items(SOFT_PARAMETERS)                 \
     {                                                                                                                  \
         soft_cross_entropy_warp<items, v>(SOFT_ARGUMENTS);                                                             \
     }
@@ -202,7 +202,7 @@ SOFT_WARP(1, 1)
 SOFT_WARP(4, PER_VECTOR)
 SOFT_WARP(32, PER_VECTOR)
 
-extern "C" __global__ void __launch_bounds__(256) soft_cross_entropy_block(SOFT_PARAMETERS)
+extern "C" __global__ void __launch_bounds__(256, 1) soft_cross_entropy_block(SOFT_PARAMETERS)
 {
     __shared__ Told told;
     const Block group(&told);
