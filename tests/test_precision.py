@@ -23,6 +23,7 @@ from minikd.kernels import current_backend, execute
 from minikd.kernels.arrays import to_device, to_host
 from minikd.kernels.cuda.products import COMPUTE_TYPES, multiplier
 from minikd.kernels.precision import MANTISSA, emulated, rounded
+from minikd.objectives import Batch, RelationalAngle, RelationalDistance
 from minikd.ops import OPS
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -193,6 +194,42 @@ def test_every_product_of_a_layer_and_of_its_gradient_takes_rounded_factors(
             np.testing.assert_allclose(tensors[1].grad.numpy(), r.T @ rounded(x, precision), rtol=3e-5, atol=3e-6)
             if tensors[2] is not None:
                 np.testing.assert_allclose(tensors[2].grad.numpy(), dy.sum(0), rtol=1e-5, atol=1e-6)
+
+
+@reduced
+def test_a_last_layer_in_one_operation_with_its_loss_takes_rounded_factors_too(
+    precision: str, numpy_in_use: None
+) -> None:
+    rng = np.random.default_rng(9)
+    hidden, weight, teacher = (rng.normal(size=s).astype(np.float32) for s in ((6, 5), (4, 5), (6, 4)))
+    with kd.matmul_precision(precision):
+        h, w = kd.Tensor(hidden, requires_grad=True), kd.Tensor(weight, requires_grad=True)
+        loss = F.linear_distillation_loss(h, w, None, teacher, [0, 1, 2, 3, 0, 1], temperature=2.0)
+        loss.backward()
+    logits = rounded(hidden, precision) @ rounded(weight, precision).T
+    wanted, gradient = F.distillation_loss(logits, teacher, [0, 1, 2, 3, 0, 1], temperature=2.0, return_grad=True)
+    assert loss.item() == pytest.approx(float(wanted), rel=1e-5)
+    g = rounded(gradient, precision)
+    np.testing.assert_allclose(h.grad.numpy(), g @ rounded(weight, precision), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(w.grad.numpy(), g.T @ rounded(hidden, precision), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "apart"), [("tf32", 0.01), ("bfloat16", 0.03)])
+def test_distances_that_a_product_cannot_tell_from_0_have_no_gradient_of_its_rounding(
+    precision: str, apart: float, numpy_in_use: None
+) -> None:
+    rng = np.random.default_rng(5)
+    rows = np.repeat(rng.normal(size=(20, 6)), 2, axis=0)  # each with a neighbour that float32 tells from it
+    rows += apart * np.tile([0.0, 1.0], 20)[:, None]
+    theirs = rng.normal(size=(40, 6)).astype(np.float32)
+    for objective in (RelationalDistance(), RelationalAngle()):
+        largest = {}
+        for chosen in ("float32", precision):
+            with kd.matmul_precision(chosen):
+                x = kd.Tensor(rows.astype(np.float32), requires_grad=True)
+                objective.value(Batch(x, theirs)).backward()
+                largest[chosen] = np.abs(x.grad.numpy()).max()
+        assert largest[precision] < 1.1 * largest["float32"]
 
 
 def test_a_compiled_step_is_recorded_anew_at_another_precision(numpy_in_use: None) -> None:
