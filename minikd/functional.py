@@ -3,6 +3,10 @@
 Tensors in, tensors out, and the gradient is recorded. Plain arrays in, plain arrays out; there every loss also takes
 ``return_grad=True`` and hands out its logits' gradient from the same traversal, for those who want the kernel without
 the autograd. Integers and float16 are computed in float32.
+
+Under the backend "cupy" plain arrays are those of CuPy, on the GPU, and stay there: a loss is an array without axes.
+What lies elsewhere is refused. A wrong label or row number makes its row NaN there, and is refused when somebody waits
+for the GPU (`kd.synchronize`, `Tensor.numpy`); nobody looks whether logits look like probabilities.
 """
 
 from __future__ import annotations

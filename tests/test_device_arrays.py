@@ -454,6 +454,21 @@ def test_arrays_of_other_libraries_come_in_and_go_out_without_a_copy(cupy: Any) 
         kd.from_dlpack(Foreign(NUMBERS.T))
 
 
+def test_pytorch_and_minikd_see_the_same_memory() -> None:
+    torch = pytest.importorskip("torch", reason="compares with PyTorch")
+    theirs = torch.arange(6.0).reshape(2, 3)
+    mine = kd.from_dlpack(theirs)
+    theirs[1, 2] = 9
+    assert mine.numpy().tolist() == [[0, 1, 2], [3, 4, 9]]
+    back = torch.from_dlpack(mine)
+    with kd.no_grad():
+        mine[...] = 1
+    assert back.tolist() == theirs.tolist() == [[1, 1, 1], [1, 1, 1]]
+    copied = kd.Tensor(theirs, requires_grad=True)
+    theirs[0, 0] = 5
+    assert copied.numpy().tolist() == [[1, 1, 1], [1, 1, 1]]
+
+
 # --- values that a device refuses later ---
 
 

@@ -67,7 +67,7 @@ def one_hot(xp: Any, target: Any, labelled: Any, c: int, smoothing: float) -> An
 
 def known(xp: Any, target: Any, c: int, value: float) -> Any:
     """`value` in each row whose target is a class id, and NaN in the others, which a device has not refused yet."""
-    return xp.where(outside(target, c), xp.nan, value)
+    return xp.where(outside(target, c), xp.nan, xp.float64(value))
 
 
 def cross_entropy_rows(xp: Any, logits: Any, y: Any) -> tuple[Any, Any]:
