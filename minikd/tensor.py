@@ -471,7 +471,8 @@ def _here(where: str, argument: str, value: Any) -> Any:
 def from_dlpack(value: Any) -> Tensor:
     """A tensor on the memory of another library's array, without a copy: a PyTorch tensor on a GPU, for example.
 
-    What either of them writes the other one sees; the array's memory lives as long as the tensor.
+    What either of them writes the other one sees; the array's memory lives as long as the tensor. Before version 2.1
+    NumPy takes such arrays in for reading only.
 
     Parameters
     ----------

@@ -31,7 +31,7 @@ from minikd.data import load
 from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError
 from minikd.export.finetune import finetune
 from minikd.kernels import bind, composed, cuda, current_backend, execute, input_arguments, run
-from minikd.kernels.arrays import HOST_KINDS, address, here, on_device, to_device, to_host
+from minikd.kernels.arrays import HOST_KINDS, address, here, is_writable, on_device, to_device, to_host
 from minikd.objectives import IGNORED, NAMES, Batch, HardLabels, ReverseKL
 from minikd.ops import OPS, Op
 from minikd.ops.refusals import REFUSALS
@@ -444,7 +444,8 @@ def test_arrays_of_other_libraries_come_in_and_go_out_without_a_copy(cupy: Any) 
         assert x.device == ("cuda" if on_device(array) else "cpu")
         assert address(x.array) == address(array)
         assert x.__dlpack_device__() == array.__dlpack_device__()
-        assert address(kd.from_dlpack(Foreign(x)).array) == address(array)
+        if is_writable(x.array):  # which what NumPy takes in is from its version 2.1 on
+            assert address(kd.from_dlpack(Foreign(x)).array) == address(array)
         copied = kd.Tensor(Foreign(array))
         assert copied.device == "cuda"
         assert address(copied.array) != address(array)

@@ -223,10 +223,8 @@ def taken_in(where: str, argument: str, value: Any, array: Any) -> Any:
 def misplaced(where: str, argument: str, value: Any) -> BackendError:
     """The one error for an array that lies where the backend does not compute."""
     if on_device(value):
-        expected, fix = (
-            "a NumPy array under this backend",
-            "Copy it with cupy.asnumpy, move a model with model.to('cpu'), or use_backend('cupy').",
-        )
+        expected = "a NumPy array under this backend"
+        fix = "Copy it with cupy.asnumpy, move a model with model.to('cpu'), or use_backend('cupy')."
     else:
         expected = "a CuPy array under the backend cupy"
         fix = "Copy it with cupy.asarray, or make a kd.Tensor of it; a model moves with model.to('cupy')."

@@ -450,7 +450,12 @@ def from_dlpack(array: Any, *, device: Any = None, copy: bool | None = None) -> 
         return ndarray._of(array._array, array)
     if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] != CUDA_DEVICE:
         raise BufferError("the array lies on the host")
-    return ndarray._of(np.from_dlpack(array), None)
+    found = np.from_dlpack(array)
+    if not found.flags.writeable:  # as older versions of NumPy have it, and CuPy does not
+        memory = (ctypes.c_char * max(found.nbytes, 1)).from_address(found.ctypes.data)
+        memory.keeps = found
+        found = np.ndarray(found.shape, found.dtype, memory, strides=found.strides)
+    return ndarray._of(found, None)
 
 
 def get_array_module(*args: Any) -> Any:
