@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,6 +163,32 @@ def _origins(recorder: Recorder, calls: Sequence[Recorded], parameters: set[int]
     return [origin(k, s.kind) for k, s in enumerate(recorder.storages)]
 
 
+def _from_entry(stack: Any, array: Any) -> Callable[[int], Any]:
+    """What copies one of the stack's entries, by its number, to an array of the same dtype."""
+    if _in_one_piece(stack, array):
+        return partial(_queue_copy, address(array), 0, address(stack), array.nbytes, array.nbytes)
+    return lambda k: array.__setitem__(..., stack[k])
+
+
+def _to_entry(stack: Any, array: Any) -> Callable[[int], Any]:
+    """What copies the array to one of the stack's entries, by its number."""
+    if _in_one_piece(stack, array):
+        return partial(_queue_copy, address(stack), array.nbytes, address(array), 0, array.nbytes)
+    return lambda k: stack.__setitem__(k, array)
+
+
+def _in_one_piece(*arrays: Any) -> bool:
+    """Whether these lie on the device and each in one piece, so that their bytes can be copied there."""
+    return all(on_device(array) and array.flags.c_contiguous for array in arrays)
+
+
+def _queue_copy(to: int, to_step: int, from_: int, from_step: int, size: int, k: int) -> None:
+    """Let the device copy so many bytes on the current stream; the k-th of them where addresses have a step."""
+    cuda = here.xp.cuda
+    how = cuda.runtime.memcpyDeviceToDevice
+    cuda.runtime.memcpyAsync(to + k * to_step, from_ + k * from_step, size, how, cuda.get_current_stream().ptr)
+
+
 class Memory(NamedTuple):
     """What a plan takes for what is computed on the way, in bytes: with places reused, and if each had its own."""
 
@@ -284,12 +311,14 @@ class Plan:
             finally:
                 self.rounds_done = only.rounds_done
             return
+        before = [_from_entry(argument, place) for place, argument in zip(self.arguments, arguments, strict=True)]
+        after = [_to_entry(result, place) for place, result in zip(self.results, results, strict=True)]
         for self.rounds_done in range(rounds):
-            for place, argument in zip(self.arguments, arguments, strict=True):
-                place[...] = argument[self.rounds_done]
+            for copy in before:
+                copy(self.rounds_done)
             self.run()
-            for place, result in zip(self.results, results, strict=True):
-                result[self.rounds_done] = place
+            for copy in after:
+                copy(self.rounds_done)
         self.rounds_done = rounds
 
     def explain(self, timed: bool = True) -> str:

@@ -70,6 +70,10 @@ def compile(step: Callable[..., Any] | None = None, *, fallback: bool = False, c
     (``self.factor``), other items of lists and dicts, and what ``np.asarray`` reads of an argument. They stay as they
     were when the step was recorded.
 
+    On a GPU (the backend "cupy") arguments are arrays of CuPy, and numbers arrays of NumPy without axes; what is
+    returned stays there, and nothing is waited for. All runs of a plan work in the same memory, so they belong on one
+    stream, or on several of which each waits for the one before.
+
     Usable as a decorator, with or without arguments.
     """
     if step is None:

@@ -13,6 +13,8 @@ import cuda_on_cpu
 import numpy as np
 import pytest
 from cuda_on_cpu import RawModule
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minikd.errors import ArgumentError
 from minikd.kernels import kernel_names, native, prepare
@@ -164,8 +166,8 @@ def check(name: str, case: Case, dtype: str, few: float = 64) -> None:
     written = found[: len(case.written)]
     for actual, wanted in zip(written, wide, strict=True):
         assert_agrees(actual, wanted, few)
-    for given, after in zip(case.inputs, found[len(case.written) :], strict=True):
-        np.testing.assert_array_equal(given, after)
+    for before, after in zip(case.inputs, found[len(case.written) :], strict=True):
+        np.testing.assert_array_equal(before, after)
     if op.vjp and name + "_vjp" in KERNELS:
         given = [x for a, x in zip(op.inputs, case.inputs, strict=True) if a.name in op.wrt]
         dins = [None if x is None else np.full_like(x, np.nan) for x in given]
@@ -197,7 +199,7 @@ def test_every_kernel_agrees_with_the_reference_on_every_example(name: str, dtyp
 def test_every_kernel_is_one_of_the_table_of_operations_and_has_its_vjp() -> None:
     assert not launches.NAMES - set(kernel_names())
     differentiable = {n for n in FORWARD if OPS[n].vjp}
-    assert {n + "_vjp" for n in differentiable} - launches.NAMES == {"mul_vjp", "take_vjp"}
+    assert {n + "_vjp" for n in differentiable} - launches.NAMES == {"take_vjp"}
 
 
 @each_float
@@ -582,6 +584,56 @@ def test_a_float_stands_for_a_scalar_and_a_run_is_a_bound_call() -> None:
     y, launch = on_device(np.empty_like(z)), launches.launcher("softmax")
     launch([y, z, 2.0], {}).run(y, z, 2.0)
     np.testing.assert_allclose(np.array(y).sum(axis=1), 1, rtol=1e-12)
+
+
+def test_a_call_keeps_its_shared_memory_when_another_look_takes_the_same_function() -> None:
+    found = []
+    for c in (12000, 11000):
+        inputs = row_inputs("distillation_loss", 1, c, "float32")
+        case = row_case("distillation_loss", inputs, "float32")
+        found.append(bound("distillation_loss", *case.written, *inputs, **case.attrs)[0])
+    assert used(found[0]) == used(found[1])
+    found[0]()
+
+
+def test_many_rows_are_counted_and_added_up_by_as_many_threads_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "MANY", 300)
+    n = 1030
+    z, labels = np.zeros((n, 2), np.float32), np.zeros(n, np.int64)
+    z[:, 0] = np.arange(n) % 7
+    labels[-1] = 2
+    call, given = bound("cross_entropy", np.empty((), "f"), np.empty_like(z), z, labels, None)
+    assert [launched.block for launched in call.launches] == [(1024,), (128,), (1024,)]
+    call()
+    assert np.isnan(given[0])
+    with pytest.raises(ArgumentError, match=rf"target\[{n - 1}\]"):
+        launches.refusals.check()
+    labels[-1] = 1
+    wanted, exact = np.empty(()), np.empty(z.shape)
+    reference("cross_entropy", wanted, exact, widen(z), labels, None)
+    loss, gradient, *_ = run("cross_entropy", np.empty((), "f"), np.empty_like(z), z, labels, None)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    np.testing.assert_allclose(gradient, exact, rtol=1e-5, atol=1e-9)
+
+
+@given(st.data())
+def test_a_drawn_distillation_loss_agrees_with_the_reference(data: st.DataObject) -> None:
+    draw = data.draw
+    dtype, n, c = draw(st.sampled_from(FLOATS)), draw(st.integers(1, 9)), draw(st.integers(1, 140))
+    rng, spread = np.random.default_rng(draw(st.integers(0, 2**32))), draw(st.sampled_from([1e-3, 1.0, 30.0]))
+    z_s, z_t = (spread * rng.normal(size=(n, c)) + draw(st.sampled_from([0, 100])) for _ in "st")
+    labels = draw(st.none() | st.just(rng.integers(0, c, n)))
+    if labels is not None and draw(st.booleans()):
+        labels[rng.integers(0, n)] = -100
+    numbers = scalars(draw(st.floats(0.2, 50)), draw(st.sampled_from([0, 0.3, 2])), draw(st.sampled_from([0, 0.7, 3])))
+    attrs = {
+        "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+        "scale_t2": draw(st.booleans()),
+        "log_target": draw(st.booleans()),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
+    }
+    inputs = [z_s.astype(dtype), z_t.astype(dtype), labels, *numbers]
+    check("distillation_loss", row_case("distillation_loss", inputs, dtype, **attrs), dtype, few=2000)
 
 
 # --- the same bits as the C kernels ---

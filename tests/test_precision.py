@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,13 @@ from standin import cupy as standin
 
 import minikd as kd
 from minikd import functional as F
+from minikd.cli import main
 from minikd.errors import ArgumentError, BackendError
 from minikd.kernels import current_backend, execute
 from minikd.kernels.arrays import to_device, to_host
 from minikd.kernels.cuda.products import COMPUTE_TYPES, multiplier
 from minikd.kernels.precision import MANTISSA, emulated, rounded
+from minikd.objectives import Batch, RelationalAngle, RelationalDistance
 from minikd.ops import OPS
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -192,6 +196,42 @@ def test_every_product_of_a_layer_and_of_its_gradient_takes_rounded_factors(
                 np.testing.assert_allclose(tensors[2].grad.numpy(), dy.sum(0), rtol=1e-5, atol=1e-6)
 
 
+@reduced
+def test_a_last_layer_in_one_operation_with_its_loss_takes_rounded_factors_too(
+    precision: str, numpy_in_use: None
+) -> None:
+    rng = np.random.default_rng(9)
+    hidden, weight, teacher = (rng.normal(size=s).astype(np.float32) for s in ((6, 5), (4, 5), (6, 4)))
+    with kd.matmul_precision(precision):
+        h, w = kd.Tensor(hidden, requires_grad=True), kd.Tensor(weight, requires_grad=True)
+        loss = F.linear_distillation_loss(h, w, None, teacher, [0, 1, 2, 3, 0, 1], temperature=2.0)
+        loss.backward()
+    logits = rounded(hidden, precision) @ rounded(weight, precision).T
+    wanted, gradient = F.distillation_loss(logits, teacher, [0, 1, 2, 3, 0, 1], temperature=2.0, return_grad=True)
+    assert loss.item() == pytest.approx(float(wanted), rel=1e-5)
+    g = rounded(gradient, precision)
+    np.testing.assert_allclose(h.grad.numpy(), g @ rounded(weight, precision), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(w.grad.numpy(), g.T @ rounded(hidden, precision), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "apart"), [("tf32", 0.01), ("bfloat16", 0.03)])
+def test_distances_that_a_product_cannot_tell_from_0_have_no_gradient_of_its_rounding(
+    precision: str, apart: float, numpy_in_use: None
+) -> None:
+    rng = np.random.default_rng(5)
+    rows = np.repeat(rng.normal(size=(20, 6)), 2, axis=0)  # each with a neighbour that float32 tells from it
+    rows += apart * np.tile([0.0, 1.0], 20)[:, None]
+    theirs = rng.normal(size=(40, 6)).astype(np.float32)
+    for objective in (RelationalDistance(), RelationalAngle()):
+        largest = {}
+        for chosen in ("float32", precision):
+            with kd.matmul_precision(chosen):
+                x = kd.Tensor(rows.astype(np.float32), requires_grad=True)
+                objective.value(Batch(x, theirs)).backward()
+                largest[chosen] = np.abs(x.grad.numpy()).max()
+        assert largest[precision] < 1.1 * largest["float32"]
+
+
 def test_a_compiled_step_is_recorded_anew_at_another_precision(numpy_in_use: None) -> None:
     model = kd.nn.MLP([5, 3], seed=1)
     x = np.random.default_rng(1).normal(size=(4, 5)).astype(np.float32)
@@ -217,6 +257,38 @@ def test_gradients_at_a_lower_precision_point_where_the_exact_ones_do(numpy_in_u
     for precision, most in (("tf32", 5e-3), ("bfloat16", 5e-2)):
         error = np.linalg.norm(found[precision] - found["float32"]) / np.linalg.norm(found["float32"])
         assert most / 50 < error < most
+
+
+# --- a whole run ---
+
+
+def test_a_run_is_computed_and_reported_at_its_precision(numpy_in_use: None, tmp_path: Path) -> None:
+    arguments = ["distill", "--backend", "numpy", "--quiet", "--teacher", "8", "--student", "4", "--labels", "0"]
+    arguments += ["--epochs", "1", "--teacher-epochs", "1", "--seeds", "0"]
+    models = {}
+    for precision in ("float32", "bfloat16"):
+        folder = tmp_path / precision
+        assert main([*arguments, "--precision", precision, "--out", str(folder)]) == 0
+        report = json.loads((folder / "report.json").read_text("utf-8"))
+        assert report["settings"]["precision"] == precision
+        assert f'precision = "{precision}"' in (folder / "config.toml").read_text("utf-8")
+        models[precision] = (folder / "student.safetensors").read_bytes()
+    assert models["float32"] != models["bfloat16"]
+
+
+@pytest.mark.usefixtures("c_in_use")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--precision", "float16"], '--precision must be one of "", float32, tf32, bfloat16'),
+        (["--backend", "c", "--precision", "tf32"], "--precision must be float32 on the backend 'c', got 'tf32'"),
+    ],
+)
+def test_a_run_at_a_precision_that_there_is_not_is_refused(
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["distill", *given, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
 
 
 # --- on a GPU ---

@@ -227,7 +227,8 @@ def matmul_precision(precision: str | None = None) -> Precision:
         one, as tensor cores do, and add up in float32; or None to change nothing.
         ``with matmul_precision("bfloat16"): …`` changes it for a while.
 
-    Weights, gradients, losses and all other operations stay float32, and float64 is never rounded. A product of random
+    Weights, gradients, losses and all other operations stay float32, and float64 is never rounded; a product within an
+    objective, of the rows that it compares, is a product like any other. A product of random
     matrices is off by some 3e-4 ("tf32") or 2.4e-3 ("bfloat16") of its size, in float32 by 3e-7; at most by 2⁻¹⁰ or 2⁻⁷
     of the sum of |a·b|. "cupy" computes so on cards of compute capability 8.0 and above, "numpy" imitates it, to find
     out what a training makes of it; the other backends compute in float32 only. `use_backend` goes back to "float32".
@@ -250,6 +251,12 @@ def matmul_precision(precision: str | None = None) -> Precision:
     chosen = _InUse(before.name, precision)
     _compute_with(chosen)
     return Precision(chosen, before)
+
+
+def product_eps(dtype: Any) -> float:
+    """The distance from 1 to the next number that a factor of a product in this dtype may be, as precision is now."""
+    eps = float(np.finfo(dtype).eps)
+    return eps * 2.0 ** (MANTISSA[FULL] - MANTISSA[_current().precision]) if dtype == np.float32 else eps
 
 
 def _current() -> _InUse:

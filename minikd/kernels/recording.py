@@ -311,27 +311,14 @@ LAYOUT = Layout()
 # --- arrays whose values are not known yet ---
 
 # What may be asked of such an array: how it looks, and views of it.
-_ALLOWED = {
-    "origin",
-    "shape",
-    "dtype",
-    "ndim",
-    "size",
-    "nbytes",
-    "itemsize",
-    "strides",
-    "flags",
-    "base",
-    "reshape",
-    "view",
-    "T",
-}
+_LOOKED_AT = ("shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "flags")
+_ALLOWED = frozenset({*_LOOKED_AT, "base", "origin", "reshape", "view", "T"})
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _OPERATORS = (
     *(f"__{before}{name}__" for name in _BINARY for before in ("", "r", "i")),
     *(f"__{name}__" for name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert")),
 )
-_ON_DEVICE = {"data", "device"}  # an address, which shows no value
+_ON_DEVICE = frozenset({"data", "device"})  # an address, which shows no value
 _ELSEWHERE = "Compute it before the step and give it as an argument, or use minikd.functional."
 
 
@@ -345,7 +332,7 @@ class Unread:
 
 def _traced_type(array: Any) -> Any:
     """The type of such arrays of NumPy, or of CuPy."""
-    allowed = frozenset(_ALLOWED if array is np.ndarray else _ALLOWED | _ON_DEVICE)
+    allowed = _ALLOWED if array is np.ndarray else _ALLOWED | _ON_DEVICE
 
     class Traced(Unread, array):
         """An argument of a step that is being recorded, or what an operation made of one.

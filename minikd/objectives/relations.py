@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from minikd import functional as F
+from minikd.kernels import product_eps
 from minikd.kernels.arrays import here
 from minikd.kernels.recording import note_constant
 from minikd.objectives.labels import Softened
@@ -155,7 +156,8 @@ def _squared_distances(x: Tensor) -> Tensor:
     x = x - x.mean(axis=0, keepdims=True)
     lengths = (x * x).sum(axis=1, keepdims=True)
     squares = lengths + lengths.T - (x @ x.T) * 2.0
-    floor = squares.mean() * float(ROUNDING * np.finfo(x.dtype).eps) + SMALLEST_SQUARED_DISTANCE
+    rounding = max(ROUNDING * float(np.finfo(x.dtype).eps), product_eps(x.dtype))  # which may be of fewer digits
+    floor = squares.mean() * rounding + SMALLEST_SQUARED_DISTANCE
     return squares.maximum(floor)
 
 

@@ -19,7 +19,7 @@ struct Common {
 };
 
 /* A block: counts the labels, and works out what the rows have in common. Of a temperature that is none all becomes NaN. */
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(1024)
     distillation_before(Common *common, Refused *refused, whole call, const whole *target, NUMBER(double, temperature),
                         NUMBER(double, hard_weight), NUMBER(double, soft_weight), whole n, whole c, int reduction,
                         int scale_t2, int log_target, whole ignore_index)

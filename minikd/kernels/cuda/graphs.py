@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -239,10 +240,13 @@ def join(calls: Sequence[Call]) -> list[Call]:
 
 
 def _joined(neighbours: Sequence[tuple[Call, bool]]) -> list[Call]:
-    """These pieces as one graph, or as they are if they cannot be captured after all."""
+    """These pieces as one graph, or as they are if they cannot be captured after all, which a warning says."""
     try:
         return [GraphSequence([piece for piece, _ in neighbours], [piece for piece, ends in neighbours if ends])]
-    except RuntimeError:
+    except RuntimeError as error:
+        warnings.warn(
+            f"kernels of a plan are launched one by one, since they cannot be captured: {error}", stacklevel=2
+        )
         return _apart(neighbours)
 
 

@@ -15,7 +15,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,9 +32,11 @@ NAMES: frozenset[str] = frozenset(KERNELS)
 OPTIONS = ("-std=c++17", "--fmad=false")
 STATIC_SHARED = 1024  # bytes that the functions keep in shared memory beside rows, generously
 DEFAULT_SHARED = 48 << 10  # what a function may use without being allowed more
+MANY = 8192  # rows, above which a step of one block has all the threads that there can be
 COMMON_BYTES = 128  # for what `…_before` tells the rows
 ADDRESS, COUNT, FLOAT = np.uint64, np.int64, np.float64
 NULL = ADDRESS(0)
+HOST = ("scalar", "counter")  # the kinds of buffers that stay on the host
 
 
 def _cupy() -> Any:
@@ -197,9 +199,11 @@ class Form:
             self.block: tuple[int, ...] = (found.threads,)
         else:
             self.grid, self.block = GRIDS[step.grid](look), step.threads
+            if step.grid == "one" and max(look.sizes.values()) > MANY:
+                self.block = (1024,)
         self.function = function(step.source, name, look.double)
-        if self.shared + STATIC_SHARED > DEFAULT_SHARED:
-            self.function.max_dynamic_shared_size_bytes = self.shared
+        if self.shared + STATIC_SHARED > DEFAULT_SHARED:  # as much as there is, for other looks share the function
+            self.function.max_dynamic_shared_size_bytes = shared_memory() - STATIC_SHARED
 
 
 # --- calls ---
@@ -287,53 +291,61 @@ class CudaCall:
             launched()
 
 
+class Slot(NamedTuple):
+    """Where an argument of a step comes from: a `buffer` by its place, memory of the call's own, or a `value`."""
+
+    value: Any = None
+    buffer: int = -1
+    number: bool = False  # two arguments: the buffer is a scalar or counter
+    scratch: str = ""
+
+
 class CudaLaunch:
     """A kernel for buffers of one look."""
 
-    __slots__ = ("arguments", "forms", "look")
+    __slots__ = ("arguments", "forms", "look", "refuses", "scratch")
 
     def __init__(self, look: Look, arguments: Sequence[Argument]) -> None:
         self.look, self.arguments = look, arguments
         steps = [s for s in KERNELS[look.name] if {*s.only.split()} <= look.there and s.unless not in look.there]
-        forms = [Form(step, look) for step in steps]
-        self.forms = [form for form in forms if min(form.grid) > 0]
+        formed = [(Form(step, look), [self._slot(name) for name in step.args.split()]) for step in steps]
+        self.forms = [(form, slots) for form, slots in formed if min(form.grid) > 0]
+        self.refuses = any("refused" in form.step.args.split() for form, _ in self.forms)
+        used = {slot.scratch for _, slots in self.forms for slot in slots if slot.scratch}
+        self.scratch = {name: max(1, SCRATCH[name](look)) for name in sorted(used)}
+
+    def _slot(self, name: str) -> Slot:
+        look = self.look
+        for k, argument in enumerate(self.arguments):
+            if argument.name == name:
+                return Slot(buffer=k, number=argument.kind in HOST) if name in look.there else Slot(NULL)
+        if name in SCRATCH:
+            needed = SCRATCH_FOR.get(name)
+            return Slot(scratch=name) if needed is None or needed in look.there else Slot(NULL)
+        if name in DERIVED:
+            return Slot(DERIVED[name](look))
+        return Slot(COUNT(look.sizes[name]) if name in look.sizes else look.attribute(name))
 
     def bind(self, *buffers: Any) -> CudaCall:
-        cupy, look = _cupy(), self.look
-        named = {a.name: (a, b) for a, b in zip(self.arguments, buffers, strict=True)}
-        numbers = {a.name: Number(a, b) for a, b in named.values() if a.kind in ("scalar", "counter") and b is not None}
-        scratch: dict[str, Any] = {}
+        empty = _cupy().empty
+        scratch = {name: empty(size, np.uint8) for name, size in self.scratch.items()}
+        numbers: dict[int, Number] = {}
         launches = []
-        for form in self.forms:
-            launched = Launched(form, [])
-            launches.append(launched)
-            for name in form.step.args.split():
-                args = launched.args
-                if name in numbers:
-                    numbers[name].places.append((launched, len(args)))
-                    args += [NULL, numbers[name].value()]
-                elif name in named:
-                    buffer = named[name][1]
-                    args.append(NULL if buffer is None else _address(buffer))
-                elif name in SCRATCH:
-                    if SCRATCH_FOR.get(name, "") not in ("", *look.there):
-                        args.append(NULL)
-                        continue
-                    if name not in scratch:
-                        scratch[name] = cupy.empty(max(1, SCRATCH[name](look)), np.uint8)
-                    args.append(_address(scratch[name]))
+        for form, slots in self.forms:
+            args: list[Any] = []
+            launched = Launched(form, args)
+            for slot in slots:
+                k = slot.buffer
+                if slot.number:
+                    number = numbers.setdefault(k, Number(self.arguments[k], buffers[k]))
+                    number.places.append((launched, len(args)))
+                    args += [NULL, number.value()]
+                elif k >= 0:
+                    args.append(_address(buffers[k]))
                 else:
-                    args.append(self._argument(name))
-        used = [number for number in numbers.values() if number.places]
-        refuses = any("refused" in form.step.args.split() for form in self.forms)
-        return CudaCall(look.op.name, launches, used, (buffers, scratch), refuses)
-
-    def _argument(self, name: str) -> Any:
-        if name in DERIVED:
-            return DERIVED[name](self.look)
-        if name in self.look.sizes:
-            return COUNT(self.look.sizes[name])
-        return self.look.attribute(name)
+                    args.append(_address(scratch[slot.scratch]) if slot.scratch else slot.value)
+            launches.append(launched)
+        return CudaCall(self.look.op.name, launches, list(numbers.values()), (buffers, scratch), self.refuses)
 
     def run(self, *buffers: Any) -> None:
         self.bind(*buffers)()

@@ -203,6 +203,10 @@ KERNELS: dict[str, tuple[Step, ...]] = {
     "add_into": (Step(_ELEMENTS, "add_into", "vectors", "y x size"),),
     "copy": (Step(_ELEMENTS, "copy", "vectors", "y x size"),),
     "mul": (Step(_ELEMENTS, "multiply", "vectors", "y a b size"),),
+    "mul_vjp": (
+        Step(_ELEMENTS, "multiply", "vectors", "da dy b size", only="da"),
+        Step(_ELEMENTS, "multiply", "vectors", "db dy a size", only="db"),
+    ),
     "scale": (Step(_ELEMENTS, "scale", "vectors", "y x factor size"),),
     "scale_vjp": (Step(_ELEMENTS, "scale", "vectors", "dx dy factor size", only="dx"),),
     "standardise": (Step(_ELEMENTS, "standardise", "rows", "y x mean deviation m"),),
