@@ -7,9 +7,11 @@ one where that is installed.
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import inspect
 import pickle
+import re
 import sys
 from collections.abc import Iterator
 from operator import attrgetter
@@ -30,7 +32,7 @@ from minikd.cli import main
 from minikd.data import load
 from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError
 from minikd.export.finetune import finetune
-from minikd.kernels import bind, composed, cuda, current_backend, execute, input_arguments, run
+from minikd.kernels import Backend, arrays, bind, composed, cuda, current_backend, execute, input_arguments, run
 from minikd.kernels.arrays import HOST_KINDS, address, here, is_writable, on_device, to_device, to_host
 from minikd.objectives import IGNORED, NAMES, Batch, HardLabels, ReverseKL
 from minikd.ops import OPS, Op
@@ -612,6 +614,53 @@ def test_without_a_gpu_the_backend_says_why(cupy: Any, capsys: pytest.CaptureFix
         assert "there is no GPU in this machine" in said.err + said.out
     finally:
         cupy.MEMORY["devices"] = 1
+
+
+class Driver:
+    """NVIDIA's driver: what it answers when it is begun with, and how many GPUs there are."""
+
+    def __init__(self, status: int, count: int) -> None:
+        self.status, self.count = status, count
+
+    def cuInit(self, flags: int) -> int:
+        return self.status
+
+    def cuDeviceGetCount(self, place: Any) -> int:
+        place._obj.value = self.count
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (Driver(0, 1), ""),
+        (Driver(0, 0), "there is no GPU in this machine"),
+        (Driver(100, 0), "the driver of NVIDIA's GPUs answers with error 100"),
+        (None, r"there is no driver of an NVIDIA GPU on this machine \((libcuda.so.1|nvcuda.dll)\)"),
+    ],
+)
+def test_until_cupy_is_imported_the_driver_is_asked(driver: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        if driver is None:
+            raise OSError(name)
+        return driver
+
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert re.fullmatch(reason, cuda.unavailable())
+    assert "cupy" not in sys.modules
+
+
+def test_a_cupy_that_cannot_be_imported_is_refused_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Any:
+        raise ImportError("no libnvrtc")
+
+    monkeypatch.setitem(kernels.BACKENDS, "cupy", Backend("minikd.kernels.reference", "", "cupy", on_host=False))
+    monkeypatch.setattr(arrays, "load_cupy", fail)
+    with pytest.raises(
+        BackendError, match=r"Reason: CuPy cannot be imported \(no libnvrtc\): pip install 'minikd\[cupy\]'"
+    ):
+        kd.use_backend("cupy")
 
 
 def test_the_backend_is_never_chosen_by_itself(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

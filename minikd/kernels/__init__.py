@@ -19,6 +19,7 @@ from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError
 from minikd.kernels import composed
 from minikd.kernels.arrays import (
     HOST_KINDS,
+    cupy_missing,
     here,
     host_number,
     is_writable,
@@ -166,7 +167,7 @@ def use_backend(name: str) -> None:
     """
     if name not in BACKENDS:
         raise BackendError("use_backend", "name", expected="one of " + ", ".join(BACKENDS), got=repr(name))
-    reason = BACKENDS[name].missing()
+    reason = BACKENDS[name].missing() or ("" if BACKENDS[name].on_host else cupy_missing())
     if reason:
         usable = [n for n in BACKENDS if not BACKENDS[n].missing()]
         expected = f"a backend that runs here ({', '.join(usable)})"
@@ -280,7 +281,7 @@ def _choose_first() -> None:
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Each backend's name with what it can do here. What is not installed is not imported."""
+    """Each backend's name with what it can do here; imports neither Numba nor CuPy."""
     try:
         current = current_backend()
     except BackendError:  # what the environment asks for is not to be had: then none is in use yet

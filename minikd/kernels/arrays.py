@@ -9,6 +9,7 @@ CuPy is imported by `load_cupy` alone, when its backend is chosen.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import math
 import sys
@@ -63,15 +64,36 @@ def load_cupy() -> Any:
     return importlib.import_module("cupy")
 
 
+NO_GPU = "there is no GPU in this machine"
+
+
 def gpu_missing() -> str:
-    """Why CuPy cannot compute here, or an empty text if it can."""
+    """Why there is no GPU, or an empty text if there is one: in the driver's words, or CuPy's once it is loaded."""
+    return _missing_to_driver() if _cupy() is None else cupy_missing()
+
+
+def _missing_to_driver() -> str:
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError:
+        return f"there is no driver of an NVIDIA GPU on this machine ({name})"
+    count = ctypes.c_int(0)
+    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if status:
+        return f"the driver of NVIDIA's GPUs answers with error {status}"
+    return "" if count.value else NO_GPU
+
+
+def cupy_missing() -> str:
+    """Why CuPy cannot compute here, or an empty text if it can; it is imported for that."""
     try:
         count = load_cupy().cuda.runtime.getDeviceCount()
     except ImportError as error:
         return f"CuPy cannot be imported ({error}): pip install 'minikd[cupy]'"
     except RuntimeError as error:  # of the driver: there is none, or it is too old
         return f"CuPy finds no GPU ({error})"
-    return "" if count else "there is no GPU in this machine"
+    return "" if count else NO_GPU
 
 
 # --- what an array is ---
@@ -180,7 +202,7 @@ def placed(where: str, array: Any, place: str | None) -> Any:
         return array
     if not PLACES[place]:
         return to_host(array)
-    reason = gpu_missing()
+    reason = cupy_missing()
     if reason:
         expected = "one that there is: " + ", ".join(name for name, gpu in PLACES.items() if not gpu)
         raise BackendError(where, "the place", expected=expected, got=repr(place), fix=f"Reason: {reason}.")
