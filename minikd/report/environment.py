@@ -23,7 +23,6 @@ EXTRAS = {
     "cli": ("rich", "matplotlib", "threadpoolctl"),
     "numba": ("numba",),
     "teachers": ("sklearn", "onnxruntime"),
-    "tensorboard": ("tensorboardX",),
 }
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where a package is installed under another name
 
