@@ -13,6 +13,7 @@ import numpy as np
 
 from minikd.ops.losses import (
     LARGEST_TEMPERATURE,
+    known,
     labelled_rows,
     loss_shape,
     reduce_rows,
@@ -45,7 +46,7 @@ def _write(xp: Any, loss: Any, gradient: Any, rows: Any, dz: Any, divisor: Any, 
     """The reduced loss and its gradient, of row losses and their gradients."""
     reduce_rows(xp, loss, rows, divisor, reduction)
     if gradient is not None:
-        gradient[...] = dz * row_scale(divisor, reduction)
+        gradient[...] = dz * row_scale(xp, divisor, reduction)
 
 
 def _pairs(rng: np.random.Generator, dtype: Any, least: int = 1) -> list[tuple[Any, Any, float]]:
@@ -288,7 +289,8 @@ def _against_others(xp: Any, z: Any, hot: Any, inverse_t: float) -> tuple[Any, A
 
     That is z_y/T - log Σ exp(z_j/T) over the others, the logit of a choice between two.
     """
-    own, others = wide(xp, z)[hot], xp.where(hot, -xp.inf, wide(xp, z))
+    own = xp.where(hot, wide(xp, z), -xp.inf).max(axis=1)
+    others = xp.where(hot, -xp.inf, wide(xp, z))
     p, log_p = softened(xp, others, inverse_t)
     logit = (own - others.max(axis=1)) * inverse_t + log_p.max(axis=1)
     return p, log_p, xp.where(own == xp.inf, xp.nan, logit)
@@ -331,7 +333,7 @@ def _decoupled_kd(
     own, difference_2 = relative_entropy(xp, p_2, q_2, log_p_2 - log_q_2)
     move = weighted(xp, alpha, difference_2[:, :1])
 
-    rows = t.loss * (weighted(xp, alpha, own) + weighted(xp, beta, others))
+    rows = known(xp, target, c, t.loss) * (weighted(xp, alpha, own) + weighted(xp, beta, others))
     dz = t.gradient * xp.where(hot, move, weighted(xp, beta, difference) - move * p)
     broken = xp.isnan(rows)[:, None]
     dz = xp.where(labelled[:, None], xp.where(broken, xp.nan, dz), 0.0)
