@@ -1,4 +1,4 @@
-"""Builds the C kernels into minikd._native; everything else about the package is in pyproject.toml.
+"""Builds the C kernels into minikd._native, and puts headers beside the CUDA sources; all else is in pyproject.toml.
 
 Without a C compiler the package still installs and runs on its other backends; the reason is then kept beside the
 package and shown by `minikd.backends()`. With MINIKD_REQUIRE_C=1 a failed build is an error.
@@ -16,6 +16,7 @@ from pathlib import Path
 from cffi import FFI
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError, CCompilerError
 
 CSRC = Path("csrc")
@@ -36,6 +37,10 @@ SIMD = ["-fopenmp-simd", "-DMINIKD_SIMD"]
 # Peeling rounds off a loop until its array is aligned would let a sum depend on where the array lies.
 NO_PEELING = ["--param=vect-max-peeling-for-alignment=0"]
 
+# The headers of the C kernels that the CUDA sources include, whose text is needed when these are compiled.
+CUDA = Path("minikd", "kernels", "cuda")
+SHARED_HEADERS = ("elements.h", "real.h")
+
 FAILURES = (BaseError, CCompilerError, OSError)
 
 
@@ -43,6 +48,17 @@ def declarations() -> str:
     """csrc/kernels.h as cffi reads it: without its preprocessor lines."""
     lines = (CSRC / "kernels.h").read_text("utf-8").splitlines()
     return "\n".join(line for line in lines if not line.startswith("#"))
+
+
+class BuildPython(build_py):
+    """Copies the package, and the shared headers into it: in a checkout they are found where they are."""
+
+    def run(self) -> None:
+        super().run()
+        for header in () if self.editable_mode else SHARED_HEADERS:
+            folder = Path(self.build_lib, CUDA)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(CSRC / header), str(folder / header))
 
 
 class BuildKernels(build_ext):
@@ -131,6 +147,6 @@ native = Extension(
 if __name__ == "__main__":  # its options are also read by a test
     setup(
         ext_modules=[native],
-        cmdclass={"build_ext": BuildKernels},
+        cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
         options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED_API else {},
     )

@@ -12,7 +12,7 @@ static double row_scale(double divisor, enum minikd_reduction reduction)
 {
     if (reduction == MINIKD_NONE || reduction == MINIKD_SUM)
         return 1;
-    return divisor != 0 ? 1 / divisor : 0;
+    return inverse_or_0(divisor);
 }
 
 /* Σ of the row losses, or Σ / divisor (0 when the divisor is 0). */
@@ -86,9 +86,9 @@ INLINE void hard_losses(const smoothed_label *label, double *loss, real *factor,
     }
     SIMD
     for (int64_t l = 0; l < count; l++) {
-        const double row = peak[l] * (log_total[l] + below_top[l]) + (base_sum * log_total[l] - others[l]);
+        const double row = hard_loss(peak[l], below_top[l], base_sum, others[l], log_total[l]);
         loss[l] = y[l] < 0 ? 0 : row * scale;
-        factor[l] = y[l] < 0 ? 0 : (real)((peak[l] + base_sum) * scale * per_total[l]);
+        factor[l] = y[l] < 0 ? 0 : hard_factor(peak[l], base_sum, per_total[l], scale);
     }
 }
 
@@ -452,20 +452,6 @@ static int64_t kl_div(const minikd_call *call)
 
 /* --- distillation --- */
 
-/* Higher temperatures are computed as this one: T²·KL and T·(p - q) have then reached their limits in double. In float
- * p - q is rounded to 2^-24 of p, so that T·(p - q) has few digits left from T = 10⁴ on, and T²·KL from 10⁶. */
-#define LARGEST_TEMPERATURE 1e9
-
-#define LOWEST_LOGARITHM (-745.13) /* of the smallest number above 0 in double */
-
-static double within_real(double x)
-{
-    return x > REAL_MAX ? REAL_MAX : x < -REAL_MAX ? -REAL_MAX : x;
-}
-
-/* From here on KL(q ‖ p) of a row is taken as a difference of sums: cancellation costs it less than a millionth. */
-#define FAR_APART 0.2
-
 /* Where the weights of the hard loss come from. exp(z) = exp(z/T)^T is the student's weight at T squared so often: */
 enum hard_weights { SQUARED_0, SQUARED_1, SQUARED_2, SQUARED_3, COMPUTED, NO_LABELS };
 
@@ -607,46 +593,14 @@ static void add_to_sums(row_sums *sums, real *p, real *q, real *e, const score_s
     }
 }
 
-/* (e^δ - 1 - δ) / δ² = 1/2 + δ/6 + δ²/24 + … for |δ| < NEAR: Chebyshev interpolations, of a relative error below 2e-7
- * in float and 4e-18 in double. */
-#ifdef MINIKD_DOUBLE
-#define NEAR 0.5
-#else
-#define NEAR 1.0f
-#endif
-INLINE real second_order(real delta)
-{
-#ifdef MINIKD_DOUBLE
-    real s = 0x1.6267cf434f12cp-33;
-    s = fused(s, delta, 0x1.201cd8001288bp-29);
-    s = fused(s, delta, 0x1.ae63a07779c78p-26);
-    s = fused(s, delta, 0x1.27e450c2e35f7p-22);
-    s = fused(s, delta, 0x1.71de3a84a10c3p-19);
-    s = fused(s, delta, 0x1.a01a01f8a44eap-16);
-    s = fused(s, delta, 0x1.a01a01a00ef0fp-13);
-    s = fused(s, delta, 0x1.6c16c16c02003p-10);
-    s = fused(s, delta, 0x1.1111111111120p-7);
-    s = fused(s, delta, 0x1.555555555558ep-5);
-    s = fused(s, delta, 0x1.5555555555555p-3);
-#else
-    real s = 0x1.a845p-16f;
-    s = fused(s, delta, 0x1.aa54b6p-13f);
-    s = fused(s, delta, 0x1.6c066p-10f);
-    s = fused(s, delta, 0x1.10fc8ap-7f);
-    s = fused(s, delta, 0x1.555566p-5f);
-    s = fused(s, delta, 0x1.55557ep-3f);
-#endif
-    return fused(s, delta, (real)0.5);
-}
-
 /* What the rows' results are computed with: dz = p·per_p - q·per_q + e·per_e, and if KL is small, δ = log p - log q. */
 typedef struct {
     real per_p[LANES], per_q[LANES], per_e[LANES];
     double kl[LANES], log_of_sums[LANES]; /* KL(q ‖ p), log(Σ q / Σ p) */
 } ALIGNED row_results;
 
-/* The losses of `count` rows, as far as the hard term goes, and KL as a difference of sums:
- * Σ q·(log q - log p) = Σ q·apart/T / Σ q - log(Σ q / Σ p). Returns whether any is too small for that. */
+/* The losses of `count` rows, as far as the hard term goes, and KL as a difference of sums. Returns whether any is too
+ * small for that. */
 INLINE int results_of(row_results *results, double *loss, const row_sums *sums, const distillation *d, const real *z_s,
                       const int64_t *y, int64_t count)
 {
@@ -657,10 +611,8 @@ INLINE int results_of(row_results *results, double *loss, const row_sums *sums, 
         log_e[l] = logarithm(sums->e[l]);
         per_e[l] = reciprocal(sums->e[l]);
         const double per_p = reciprocal(sums->p[l]), per_q = reciprocal(sums->q[l]);
-        const double log_of_sums = logarithm(fused_double(sums->q[l] - sums->p[l], per_p, 1.0)); /* 0 if they agree */
-        /* 0·∞ where the student rules a class out to which the teacher gives a probability too small for real */
-        const double apart = sums->apart[l] == sums->apart[l] ? sums->apart[l] : INFINITY;
-        results->kl[l] = apart * per_q * d->inverse_t - log_of_sums;
+        const double log_of_sums = log_of_quotient(sums->p[l], sums->q[l], per_p);
+        results->kl[l] = kl_of_sums(sums->apart[l], per_q, d->inverse_t, log_of_sums);
         results->log_of_sums[l] = log_of_sums;
         results->per_p[l] = (real)(d->soft_factor * per_p);
         results->per_q[l] = (real)(d->soft_factor * per_q);
@@ -678,7 +630,7 @@ INLINE void combine_steps(real *dz, const real *p, const real *q, const real *e,
     for (int64_t j = 0; j < steps * LANES; j += LANES) {
         SIMD
         for (int l = 0; l < LANES; l++) {
-            const real soft = p[j + l] * results->per_p[l] - q[j + l] * results->per_q[l];
+            const real soft = soft_gradient(p[j + l], q[j + l], results->per_p[l], results->per_q[l]);
             const real el = hard_weights == COMPUTED ? e[j + l] : squared(p[j + l], hard_weights);
             dz[j + l] = hard_weights == NO_LABELS ? soft : fused(el, results->per_e[l], soft);
         }
@@ -717,9 +669,6 @@ typedef struct {
     int same_temperature;
 } ALIGNED near_rows;
 
-/* Beyond this, what is left of log p - log q after the shift is no longer known to nine digits. */
-#define FAR_SHIFT 1e6
-
 static void near_rows_of(near_rows *near, const row_sums *sums, const row_results *results, const distillation *d,
                          int64_t count)
 {
@@ -727,29 +676,21 @@ static void near_rows_of(near_rows *near, const row_sums *sums, const row_result
     near->inverse = (real)d->inverse_s;
     near->inverse_rest = (real)(d->inverse_s - near->inverse);
     for (int64_t l = 0; l < count; l++) {
-        const double s = sums->top_s[l], t = sums->top_t[l], gap = near->same_temperature ? s - t : 0;
-        const double lost = near->same_temperature ? (s - (gap - (gap - s))) - (t + (gap - s)) : 0;
-        const double shift = results->log_of_sums[l] - gap * d->inverse_s;
         near->per_p[l] = (real)reciprocal(sums->p[l]);
         near->per_q[l] = (real)reciprocal(sums->q[l]);
-        near->shift[l] = (real)shift;
-        near->shift_rest[l] = (real)((shift - near->shift[l]) - lost * d->inverse_s);
+        shift_of_row(sums->top_s[l], sums->top_t[l], results->log_of_sums[l], d->inverse_s, near->same_temperature,
+                     &near->shift[l], &near->shift_rest[l]);
     }
 }
 
-/* log p - log q, which is a small difference of large numbers where the soft labels agree: so the gap between the
- * logits is taken without rounding (Knuth's two-sum), and the rest of each part is carried along. */
+/* log p - log q of a class */
 INLINE real log_ratio(const near_rows *near, int l, real z_s, real z_t)
 {
-    const real gap = z_s - z_t, back = gap - z_s;
-    const real lost = (z_s - (gap - back)) - (z_t + back);
-    const real rest = fused(gap, near->inverse_rest, fused(lost, near->inverse, near->shift_rest[l]));
-    const real rest_or_0 = gap - gap == 0 ? rest : 0; /* an infinite gap has none */
-    return exact_product(gap, near->inverse, near->shift[l]) + rest_or_0;
+    return log_ratio_at_one_temperature(z_s, z_t, near->inverse, near->inverse_rest, near->shift[l],
+                                        near->shift_rest[l]);
 }
 
-/* kl += Σ q·(e^δ - 1 - δ), which is KL(q ‖ p) because Σp = Σq: no term is negative, nothing cancels when p ≈ q.
- * Near δ = 0 the terms come from the series; where q = 0 they are p. */
+/* kl += Σ of the terms of KL(q ‖ p) that do not cancel */
 INLINE void add_near_steps(double *kl, const near_rows *near, const row_sums *sums, const real *p, const real *q,
                            const score_steps *z, int same_temperature)
 {
@@ -765,8 +706,7 @@ INLINE void add_near_steps(double *kl, const near_rows *near, const row_sums *su
             const real pl = p[j + l] * fixed.per_p[l], ql = q[j + l] * fixed.per_q[l];
             const real apart = fused(zs - sums->top_s[l], fixed.inverse, fixed.shift[l]) - (zt - sums->top_t[l]);
             const real delta = same_temperature ? log_ratio(&fixed, l, zs, zt) : apart;
-            const real small = ql * (delta * delta * second_order(delta)), large = (pl - ql) - ql * delta;
-            kl[l] += ql == 0 ? pl : REAL(fabs)(delta) < NEAR ? small : large;
+            kl[l] += near_term(pl, ql, delta);
         }
     }
 }
@@ -778,18 +718,6 @@ static void add_near(double *kl, const near_rows *near, const row_sums *sums, co
         add_near_steps(kl, near, sums, p, q, z, 1);
     else
         add_near_steps(kl, near, sums, p, q, z, 0);
-}
-
-/* KL(q ‖ p), given as a difference of sums and as a sum of terms that do not cancel. The sum is better where KL is small,
- * unless the logits are so large, or one side's are so far from the other's (`shift`), that log p - log q, of which it
- * is made, is lost. */
-static double nearer(double difference, double sum_of_terms, double shift)
-{
-    if (!(difference < FAR_APART))
-        return difference;
-    if (fabs(shift) < FAR_SHIFT && sum_of_terms < 2 * FAR_APART)
-        return sum_of_terms > 0 ? sum_of_terms : 0;
-    return difference > 0 ? difference : 0;
 }
 
 /* The losses of `count` ≤ LANES narrow rows, whose labels are y (-1 for none, and in the lanes without a row); dz are

@@ -30,12 +30,6 @@ static void move_picture(real *y, const real *x, const real *blank, int64_t heig
         put_blank(y, blank, line * width + (right > 0 ? 0 : width - columns), columns);
 }
 
-/* A random word as a whole number from -most to most, all but equally often. */
-static int64_t move_of(uint32_t word, int64_t most)
-{
-    return (int64_t)(((uint64_t)word * (uint64_t)(2 * most + 1)) >> 32) - most;
-}
-
 static void shift_images_part(void *shared, int64_t start, int64_t end)
 {
     const minikd_call *call = shared;

@@ -1,15 +1,31 @@
 /* The number type that the kernels are compiled for, and exp and log in a form that compilers turn into vector code.
  *
  * Every kernel is written once in terms of `real`. There are no branches, tables or library calls in the loops, so
- * each is vectorised as it stands; where the compiler does not know the SIMD pragma, the same code is plain C99.
+ * each is vectorised as it stands; where the compiler does not know the SIMD pragma, the same code is plain C99. It is
+ * CUDA too, where a function is one for the device.
  */
 #ifndef MINIKD_REAL_H
 #define MINIKD_REAL_H
 
+#ifdef __CUDACC_RTC__ /* which has no headers, but knows the functions */
+typedef unsigned char uint8_t;
+typedef int int32_t;
+typedef unsigned uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#define UINT32_MAX 0xffffffffu
+#define FLT_MIN 0x1p-126f
+#define FLT_MAX 0x1.fffffep127f
+#define DBL_MIN 0x1p-1022
+#define DBL_MAX 0x1.fffffffffffffp1023
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
+#else
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#endif
 
 /* In front of a loop whose rounds do not depend on each other; the arrays may be the same, but not shifted. SIMD_SHORT
  * is for loops that may be shorter than the widest vector. A test asks the compiler whether it has vectorised each. */
@@ -24,7 +40,9 @@
 #define SIMD_SHORT SIMD
 
 /* For functions that take another function and must become one with it. */
-#ifdef __GNUC__
+#ifdef __CUDA_ARCH__
+#define INLINE __device__ __forceinline__
+#elif defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
 #else
 #define INLINE static inline
@@ -66,7 +84,8 @@ typedef uint32_t bits;
 /* a·b + c, rounded once where the processor can do so at full speed. The compiler is told not to do this by itself,
  * so that what is computed does not depend on it. exact_product is the same where rounding a·b would be the larger
  * part of the error: there a float product is taken in double; of double none is exact without the processor. */
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || (defined(FP_FAST_FMA) && defined(FP_FAST_FMAF))
+#if defined(__FMA__) || defined(__CUDA_ARCH__) || defined(__ARM_FEATURE_FMA)                                           \
+    || (defined(FP_FAST_FMA) && defined(FP_FAST_FMAF))
 #define fused(a, b, c) REAL(fma)(a, b, c)
 #define fused_double(a, b, c) fma(a, b, c)
 #define exact_product(a, b, c) fused(a, b, c)

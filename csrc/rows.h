@@ -15,6 +15,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "elements.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "real.h"
@@ -222,18 +223,6 @@ static real maximum(const real *z, int64_t c)
 }
 
 /* --- softmax(z/T) of a row: weight_j / Σ weight, weight_j = exp((z_j - max z)/T) --- */
-
-static int usable_temperature(double t)
-{
-    return t > 0 && t <= DBL_MAX;
-}
-
-/* 1/T, kept inside what real can hold, so that 0·(1/T) and -inf·(1/T) are never NaN. */
-static double inverse_temperature(double t)
-{
-    const double inverse = 1 / t, least = REAL_TINY, most = REAL_MAX / 2;
-    return inverse < least ? least : inverse > most ? most : inverse;
-}
 
 /* What weights are computed with: exp((z - top)/T) = 2^((z - top)·rate). */
 typedef struct {

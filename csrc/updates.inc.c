@@ -1,5 +1,6 @@
 /* Optimizer steps: they read and write the parameters and their state; and what a step counts and sets. */
 
+#include "elements.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -19,16 +20,14 @@ static void sgd_part(void *shared, int64_t first, int64_t end)
     if (!v) {
         SIMD
         for (int64_t j = first; j < end; j++) {
-            const real d = decay != 0 ? g[j] + decay * w[j] : g[j];
-            w[j] -= rate * d;
+            w[j] -= rate * decayed(g[j], w[j], decay);
         }
     } else {
         SIMD
         for (int64_t j = first; j < end; j++) {
-            const real d = decay != 0 ? g[j] + decay * w[j] : g[j];
-            const real vj = momentum * v[j] + d;
+            const real d = decayed(g[j], w[j], decay), vj = velocity(v[j], d, momentum);
             v[j] = vj;
-            w[j] -= rate * (nesterov ? d + momentum * vj : vj);
+            w[j] -= rate * step_of(vj, d, momentum, nesterov);
         }
     }
 }
@@ -48,23 +47,10 @@ static void adam_part(void *shared, int64_t first, int64_t end)
     const real *g = call->buffer[3];
     const double lr = *(const double *)call->buffer[4], t = (double)*(const int64_t *)call->buffer[5];
     const minikd_attributes *a = &call->attribute;
-    const real keep_m = (real)a->beta1, take_m = (real)(1 - a->beta1);
-    const real keep_v = (real)a->beta2, take_v = (real)(1 - a->beta2);
-    const real rate = (real)(lr / (1 - pow(a->beta1, t)));
-    const real root = (real)(1 / sqrt(1 - pow(a->beta2, t)));
-    const real eps = (real)a->eps;
-    const real shrink = a->decoupled ? (real)(1 - lr * a->weight_decay) : 1;
-    const real decay = a->decoupled ? 0 : (real)a->weight_decay;
+    const adam_rates rates = adam_rates_of(lr, t, a->beta1, a->beta2, a->eps, a->weight_decay, a->decoupled);
     SIMD
-    for (int64_t j = first; j < end; j++) {
-        const real wj = w[j] * shrink;
-        const real gj = decay != 0 ? g[j] + decay * wj : g[j];
-        const real mj = keep_m * m[j] + take_m * gj;
-        const real vj = keep_v * v[j] + take_v * gj * gj;
-        m[j] = mj;
-        v[j] = vj;
-        w[j] = wj - rate * mj / (REAL(sqrt)(vj) * root + eps);
-    }
+    for (int64_t j = first; j < end; j++)
+        adam_element(&rates, w + j, m + j, v + j, g[j]);
 }
 
 /* m = β₁·m + (1-β₁)·g;  v = β₂·v + (1-β₂)·g²;  w -= lr·(m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + ε);

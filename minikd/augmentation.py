@@ -11,6 +11,7 @@ from minikd import functional as F
 from minikd.data import Dataset
 from minikd.errors import ArgumentError, ShapeError
 from minikd.kernels import run
+from minikd.kernels.arrays import here
 from minikd.nn import Module
 
 __all__ = ["Shift"]
@@ -33,7 +34,7 @@ class Shift(Module):
         self, shape: tuple[int, int], most: int = 2, fill: np.ndarray | None = None, *, seed: int = 0, stream: int = 0
     ) -> None:
         super().__init__()
-        self.shape, self.most, self.fill = shape, int(most), fill
+        self.shape, self.most, self.fill = shape, int(most), None if fill is None else here.put(fill)
         self.seed, self.stream = int(seed), int(stream)
         self._step = np.zeros((), np.int64)
 

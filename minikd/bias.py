@@ -15,6 +15,7 @@ import numpy as np
 
 from minikd.errors import ArgumentError, ShapeError, bad_temperature
 from minikd.kernels import as_index, as_real
+from minikd.kernels.arrays import host_copy, to_host
 from minikd.nn import Linear, Module
 from minikd.tape import no_grad
 
@@ -74,6 +75,7 @@ def correct_bias(
     set; here the frequency of the class decides instead.
     """
     layer = _last_linear(model)
+    x = to_host(x)
     before = model.logits(x, normalised=normalised)
     if before.ndim != 2:
         raise ShapeError(WHERE, "x", expected="rows of features (n, k)", got=f"shape {np.shape(x)}")
@@ -81,7 +83,7 @@ def correct_bias(
         raise _not_at_the_end(f"{before.shape[1]} scores, and a last Linear with {layer.bias.shape[0]}")
     limits: dict[str, Any] = {"tolerance": tolerance, "max_steps": max_steps}
     added = matching_bias(before, frequencies, classes=classes, temperature=temperature, **limits)
-    old = layer.bias.array.copy()
+    old = host_copy(layer.bias.array)
     _set(layer, old + added)
     piece = slice(ROWS_TO_TRY)
     after = model.logits(np.asarray(x)[piece], normalised=normalised).astype(np.float64)

@@ -25,7 +25,8 @@ from minikd import bench, exporting, labelling
 from minikd.data.sources import NAMED
 from minikd.distillation import DistillResult, Experiment
 from minikd.errors import ArgumentError, MinikdError
-from minikd.kernels import current_backend
+from minikd.kernels import current_backend, matmul_precision
+from minikd.kernels.precision import FULL
 from minikd.objectives import PRESETS
 from minikd.report import RunFolder, Table, Watcher, environment_table, from_toml, results_table, show, verdicts, watch
 from minikd.report.config import LAYERS, OUT, TEACHER, setting_types
@@ -217,6 +218,7 @@ def take_up(options: argparse.Namespace) -> RunFolder:
 SETTING_OF = {
     ("data.load", "source"): "data",
     ("use_backend", "name"): "backend",
+    ("matmul_precision", "precision"): "precision",
     ("as_teacher", "x"): "teacher",
     ("distill", "teacher"): "teacher",
 }
@@ -310,11 +312,17 @@ def introduce(experiment: Experiment, quiet: bool) -> None:
             if settings.objective or settings.preset
             else ", ".join([f"T = {settings.temperature:g}", weights, *schedules]),
         ),
-        ("run", f"{experiment.trainings} trainings{done}, {_seeds(settings.seeds)}, backend {current_backend()}"),
+        ("run", f"{experiment.trainings} trainings{done}, {_seeds(settings.seeds)}, backend {_backend_in_words()}"),
         ("steps", f"{settings.epochs} epochs in batches of {settings.batch_size}, {settings.optimizer}"),
     ]
     show(Table(("", ""), "<<", lines), sys.stdout)
     print(flush=True)
+
+
+def _backend_in_words() -> str:
+    """The backend in use, with the precision of its products where that is not float32."""
+    precision = matmul_precision().name
+    return current_backend() + (f" with products in {precision}" if precision != FULL else "")
 
 
 def what_is_left(result: DistillResult, watcher: Watcher, folder: RunFolder) -> str:

@@ -32,7 +32,8 @@ from minikd.bias import correct_bias
 from minikd.checkpoints import Checkpoints
 from minikd.data import Dataset, load
 from minikd.errors import ArgumentError, ShapeError
-from minikd.kernels import current_backend, use_backend
+from minikd.kernels import current_backend, matmul_precision, use_backend
+from minikd.kernels.arrays import here, memory_in_use
 from minikd.nn import MLP, Module
 from minikd.objectives import HardLabels, Objective
 from minikd.peers import Peers
@@ -184,6 +185,7 @@ class Experiment:
         settings.check()
         if settings.backend:
             use_backend(settings.backend)
+        matmul_precision(settings.precision or None)
         self._given_data = dataset is not None
         if dataset is None:
             dataset = load(settings.data, label_column=settings.label_column, split_seed=settings.split_seed)
@@ -221,7 +223,8 @@ class Experiment:
 
     def _fingerprint(self) -> str:
         """What the states of this run's trainings depend on, in one word."""
-        about = dataclasses.asdict(self.settings) | {"backend": current_backend(), "seeds": 0, "checkpoint_every": 0}
+        computed = {"backend": current_backend(), "precision": matmul_precision().name}
+        about = dataclasses.asdict(self.settings) | computed | {"seeds": 0, "checkpoint_every": 0}
         text = json.dumps([about, self.dataset.sha256, str(self.objective), self.alone], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -307,7 +310,7 @@ class Experiment:
             on_model = _logits(model, data.x_test)
             self._keep(situation, name, seed, model, on_model, on_test)
             if not name.startswith(ASSISTANT):
-                scores.append(F.softmax(on_model.astype(np.float64)))
+                scores.append(F.of_host(F.softmax, on_model.astype(np.float64)))
             if name != DISTILLED:
                 lesson = self._lesson_of(model)
         if len(scores) > 1:
@@ -525,7 +528,7 @@ class Experiment:
                     piece = model.normalisation.apply(self.dataset.raw(piece))
                 elif raw:
                     piece = self.dataset.raw(piece)
-                for name, output in model.eval()(piece, features=names)[1].items():
+                for name, output in model.eval()(here.put(piece), features=names)[1].items():
                     found[name].append(output.numpy())
         return {name: np.concatenate(pieces) for name, pieces in found.items()}
 
@@ -696,12 +699,14 @@ class Experiment:
             },
             **situations[0],
             "seconds": round(self._seconds, 3),
+            **_on_gpu(),
             "few_labels": situations[1] if len(situations) > 1 else None,
         }
 
     def _plain_settings(self) -> dict[str, Any]:
         """The settings as JSON knows them; null where an object was given in their place."""
-        settings = dataclasses.asdict(self.settings) | {"backend": self.settings.backend or current_backend()}
+        computed = {"backend": current_backend(), "precision": matmul_precision().name}
+        settings = dataclasses.asdict(self.settings) | computed
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
         none = ["data"] * self._given_data + ["student"] * (self._student is not None)
         none += ["teacher"] * (self._given_teacher is not None)
@@ -745,6 +750,12 @@ class Experiment:
         }
         measured = ["test_accuracy", "test_nll", "test_ece"] + (["agreement", "kl_to_teacher"] if situation else [])
         return {**figures, **{m: [getattr(k, m) for k in kept] for m in measured}}
+
+
+def _on_gpu() -> dict[str, Any]:
+    """What the report says of the GPU that was computed on; nothing where there was none."""
+    memory = memory_in_use()
+    return {} if memory is None else {"gpu_memory": memory._asdict()}
 
 
 def _without_teacher(objective: Objective) -> Objective:

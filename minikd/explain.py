@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from minikd.kernels import join
+from minikd.kernels.arrays import is_writable, synchronize
 from minikd.kernels.recording import Buffer, Recorded, written
 from minikd.ops import OPS
 from minikd.plan import Plan
@@ -124,26 +125,29 @@ def measure(plan: Plan) -> list[float]:
         return [_seconds(call) for call in plan.bound]
     finally:
         for array, values in zip(kept, saved, strict=True):
-            if array.flags.writeable:
+            if is_writable(array):
                 array[...] = values
 
 
 def _seconds(call: Any) -> float:
     """Seconds that a call takes: the least of several measurements, since nothing but others' work makes it longer."""
-    (part,) = join([call])
+    parts = join([call])
     repeats = 1
-    while (seconds := _time(part, repeats)) < SECONDS_A_MEASUREMENT:
+    while (seconds := _time(parts, repeats)) < SECONDS_A_MEASUREMENT:
         repeats *= 4
-    return min(seconds, *(_time(part, repeats) for _ in range(MEASUREMENTS - 1))) / repeats
+    return min(seconds, *(_time(parts, repeats) for _ in range(MEASUREMENTS - 1))) / repeats
 
 
-def _time(part: Any, repeats: int) -> float:
+def _time(parts: Sequence[Any], repeats: int) -> float:
+    synchronize()
     started = time.perf_counter()
-    if hasattr(part, "repeat"):
-        part.repeat([], [], repeats)  # without a look at Python in between
+    if len(parts) == 1 and hasattr(parts[0], "repeat"):
+        parts[0].repeat([], [], repeats)  # without a look at Python in between
     else:
         for _ in range(repeats):
-            part()
+            for part in parts:
+                part()
+    synchronize()
     return time.perf_counter() - started
 
 
@@ -169,7 +173,9 @@ def explain(plan: Plan, timed: bool = True) -> str:
     """
     table = rows(plan)
     seconds = measure(plan) if timed else []
+    graphs = sum(hasattr(part, "graph") for part in plan.parts)
     native = "one call of C" if plan.one_call else f"{len(plan.parts)} calls from Python"
+    native += f" ({graphs} of them CUDA graphs)" if graphs else ""
     memory = plan.memory
     text = [
         f"{len(table)} kernels in {native}: {_quantity(sum(r.flops for r in table), 'FLOP')}, "

@@ -3,6 +3,10 @@
 Tensors in, tensors out, and the gradient is recorded. Plain arrays in, plain arrays out; there every loss also takes
 ``return_grad=True`` and hands out its logits' gradient from the same traversal, for those who want the kernel without
 the autograd. Integers and float16 are computed in float32.
+
+Under the backend "cupy" plain arrays are those of CuPy, on the GPU, and stay there: a loss is an array without axes.
+What lies elsewhere is refused. A wrong label or row number makes its row NaN there, and is refused when somebody waits
+for the GPU (`kd.synchronize`, `Tensor.numpy`); nobody looks whether logits look like probabilities.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ import numpy as np
 
 from minikd import tensor
 from minikd.errors import ArgumentError, ShapeError, bad_temperature
-from minikd.kernels import as_real, evaluate, recall
+from minikd.kernels import as_array, as_real, evaluate, recall
+from minikd.kernels.arrays import here, host_number, is_array, is_writable, module_of, taken_in, to_host
 from minikd.kernels.recording import Traced, note_check, note_constant, plain, recorder, refuse, traced
 from minikd.ops import OPS
 from minikd.ops.elementwise import ACTIVATIONS
@@ -77,6 +82,7 @@ def _temperature(where: str, value: Any) -> Any:
     if _is_buffer(value):
         _temperature(where, float(plain(value)))
         return value
+    host_number(where, "temperature", value)
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -90,6 +96,7 @@ def _between(where: str, argument: str, value: Any, low: float, high: float, exp
     """A number from `low` to `high` as a float; anything else is refused."""
     if type(value) is float and low <= value <= high:
         return value
+    host_number(where, argument, value)
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -118,6 +125,7 @@ def _share(where: str, argument: str, value: Any, ends: str, fix: str = "") -> A
         _share(where, argument, float(plain(value)), ends, fix)
         note_check(value, partial(_share, where, argument, ends=ends, fix=fix))
         return value
+    host_number(where, argument, value)
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -139,7 +147,10 @@ def _smoothing(where: str, value: float) -> float:
 
 
 def _array(value: Any, where: str, argument: str) -> Any:
-    return value.array if isinstance(value, Tensor) else as_real(where, argument, value)
+    """The value as a float32 or float64 array where the backend computes; an array that lies elsewhere is refused."""
+    if isinstance(value, Tensor):
+        return value.array
+    return taken_in(where, argument, value, as_real(where, argument, value))
 
 
 def _rows_of_logits(where: str, argument: str, value: Any) -> Any:
@@ -152,7 +163,12 @@ def _rows_of_logits(where: str, argument: str, value: Any) -> Any:
 
 
 def look_like_probabilities(logits: Any) -> bool:
-    """Whether each of the first rows of an array (n, c) with a row or more lies in [0, 1] and sums to 1."""
+    """Whether each of the first rows of an array (n, c) with a row or more lies in [0, 1] and sums to 1.
+
+    Nobody looks at what lies on a GPU: it would have to be waited for.
+    """
+    if not isinstance(logits, np.ndarray):
+        return False
     if not 0 <= logits.item(0) <= 1 or logits.shape[1] < 2 or not 0 <= logits.item(1) <= 1:
         return False  # two numbers clear nearly all arrays
     rows = logits[:ROWS_TO_LOOK_AT]
@@ -173,15 +189,34 @@ def _warn_of_probabilities(where: str, *, levels: int = 3, **logits: Any) -> Non
         warnings.warn(f"{message} Pass the scores before softmax, or log(p).", UserWarning, stacklevel=levels)
 
 
+def _labels(where: str, target: Any) -> Any:
+    """The target as an array where the backend computes; one that lies elsewhere is refused."""
+    if isinstance(target, Tensor):
+        return target.array
+    return target if type(target) is here.array else taken_in(where, "target", target, as_array(target))
+
+
 def _row_targets(where: str, target: Any, n: int, c: int) -> tuple[Any, bool]:
     """The target as an array, and whether it holds class probabilities (n, c) and not class ids (n,)."""
-    array = target.array if isinstance(target, Tensor) else np.asarray(target)
+    array = _labels(where, target)
     if array.ndim == 2 and array.shape == (n, c):
         return as_real(where, "target", array), True
     if array.shape != (n,):
         expected = f"class ids of shape ({n},) or class probabilities of shape ({n}, {c})"
         raise ShapeError(where, "target", expected=expected, got=f"shape {array.shape}")
     return array, False
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """The shape of a tensor, an array or a list."""
+    return value.shape if isinstance(value, Tensor) or is_array(value) else np.shape(value)
+
+
+def of_host(function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
+    """A function of this module for NumPy's arrays, wherever the backend computes: taken there, and the result back."""
+    if not here.on_device:
+        return function(*arrays, **options)
+    return _value(to_host(function(*map(here.put, arrays), **options)))
 
 
 # --- running a loss on tensors or on arrays ---
@@ -212,15 +247,16 @@ def _result(loss: Any, gradient: Any) -> Any:
 
 
 def _value(array: Any) -> Any:
-    """An array without axes as the number it holds, if that is known: in a step that is recorded it is not."""
-    return array if array.ndim or isinstance(array, Traced) else array[()]
+    """An array without axes as the number it holds, if that is known: on a GPU or in a recorded step it is not."""
+    known = isinstance(array, np.ndarray) and not isinstance(array, Traced)
+    return array[()] if known and not array.ndim else array
 
 
 def _share_memory(a: Any, b: Any) -> bool:
     """Whether two arrays may lie in the same memory. Two that own theirs do not, which is quick to see."""
-    if not isinstance(b, np.ndarray):
+    if not is_array(b):
         return False
-    return a is b or ((a.base is not None or b.base is not None) and np.may_share_memory(a, b))
+    return a is b or ((a.base is not None or b.base is not None) and bool(module_of(a).may_share_memory(a, b)))
 
 
 def _gradient_out(name: str, grad_out: Any, inputs: Sequence[Any]) -> Any:
@@ -229,9 +265,10 @@ def _gradient_out(name: str, grad_out: Any, inputs: Sequence[Any]) -> Any:
         return None
     logits = inputs[0]
     real = as_real(name, "logits", logits).dtype
-    ok = isinstance(grad_out, np.ndarray) and grad_out.shape == np.shape(logits) and grad_out.dtype == real
-    if not (ok and grad_out.flags.c_contiguous and grad_out.flags.writeable):
-        expected = f"a writable C-contiguous {real} array of shape {np.shape(logits)}"
+    shape = _shape(logits)
+    ok = isinstance(grad_out, here.array) and grad_out.shape == shape and grad_out.dtype == real
+    if not (ok and grad_out.flags.c_contiguous and is_writable(grad_out)):
+        expected = f"a writable C-contiguous {real} array of shape {shape}"
         got = f"{grad_out.dtype} of shape {grad_out.shape}" if hasattr(grad_out, "dtype") else repr(type(grad_out))
         raise ArgumentError(name, "grad_out", expected=expected, got=got)
     if any(_share_memory(grad_out, x) for x in inputs):
@@ -261,9 +298,10 @@ def _rows_function(name: str, x: Any, axis: int, temperature: Any) -> Any:
         with no_grad():  # the axes are moved by operations too
             return traced(_rows_function(name, Tensor.of(array), axis, t).array)
     if not isinstance(x, Tensor):
-        moved = np.moveaxis(array, axis, -1)
+        xp = here.xp
+        moved = xp.moveaxis(array, axis, -1)
         (y,), _ = evaluate(OPS[name], [moved.reshape(rows), t], {})
-        return np.ascontiguousarray(np.moveaxis(y.reshape(moved.shape), -1, axis))
+        return xp.ascontiguousarray(xp.moveaxis(y.reshape(moved.shape), -1, axis))
     order = [a for a in range(array.ndim) if a != axis % array.ndim] + [axis % array.ndim]
     back = tuple(int(a) for a in np.argsort(order))
     moved = x if order == sorted(order) else x.transpose(order)
@@ -413,7 +451,7 @@ def kl_div(
     if shape != rows:
         if grad_out is not None:
             grad_out = _gradient_out(where, grad_out, (input, target)).reshape(rows)
-        input, target = (x.reshape(rows) if isinstance(x, Tensor) else np.reshape(x, rows) for x in (input, target))
+        input, target = (x.reshape(rows) if hasattr(x, "reshape") else np.reshape(x, rows) for x in (input, target))
     result = _loss(where, (input, target), return_grad, grad_out, reduction=reduction, log_target=bool(log_target))
     if shape == rows:
         return result
@@ -994,7 +1032,7 @@ def corrected_logits(teacher_logits: Any, target: Any, ignore_index: int = -100)
 
 def _class_ids(where: str, target: Any, n: int) -> Any:
     """The target as an array of class ids (n,)."""
-    array = target.array if isinstance(target, Tensor) else np.asarray(target)
+    array = _labels(where, target)
     if array.shape != (n,):
         raise ShapeError(where, "target", expected=f"class ids of shape ({n},)", got=f"shape {array.shape}")
     return array
@@ -1087,7 +1125,7 @@ def take(x: Any, rows: Any) -> Any:
     ------
     ArgumentError : a number outside 0 … n - 1.
     """
-    if isinstance(x, np.ndarray) and x.ndim == 1 and x.dtype.kind in "iu":
+    if is_array(x) and x.ndim == 1 and x.dtype.kind in "iu":
         return evaluate(OPS["take_index"], [x, rows], {})[0][0]
     return _like_inputs(tensor.take, (x,), x, rows)
 
@@ -1110,7 +1148,7 @@ def take_scaled(x: Any, rows: Any, scale: Any, shift: Any) -> Any:
     ------
     ArgumentError : a row number outside 0 … n - 1.  DTypeError : x is not uint8.  ShapeError : shapes do not fit.
     """
-    columns = np.shape(x)[1:]
+    columns = _shape(x)[1:]
     scale, shift = (_for_columns(v, columns) for v in (scale, shift))
     return evaluate(OPS["take_scaled"], [x, rows, scale, shift], {})[0][0]
 
@@ -1122,11 +1160,12 @@ def standardise(x: Any, mean: Any, deviation: Any) -> Any:
 
 def _for_columns(value: Any, columns: tuple[int, ...]) -> Any:
     """A number for each column: the array that was given, or one full of the number that was."""
-    if np.ndim(value):
+    if len(_shape(value)):
         return value
     if isinstance(value, np.ndarray):
         refuse("a number in an array", "Give take_scaled Python numbers, or arrays with a number for each column.")
-    return note_constant(np.full(columns, plain(value), np.float32))
+    host_number("take_scaled", "a number for all columns", value)
+    return note_constant(here.xp.full(columns, plain(value), np.float32))
 
 
 def concatenate(tensors: Sequence[Any], axis: int = 0) -> Any:
@@ -1150,6 +1189,7 @@ def dropout(x: Any, p: float = 0.5, *, training: bool = True, seed: int = 0, str
         raise ArgumentError("dropout", "p", expected="in [0, 1), the share of elements dropped", got=repr(p))
     if not training or p == 0:
         return x
+    host_number("dropout", "step", step)
     step = step if isinstance(step, np.ndarray) else int(step)
     attrs = {"p": float(p), "seed": int(seed), "stream": int(stream)}
     if isinstance(x, Tensor):
@@ -1183,7 +1223,7 @@ def fake_quantise(x: Any, scale: Any, zero: int = 0, *, low: int = -128, high: i
         expected = f"whole numbers within ±{LARGEST_STEP} with low ≤ zero ≤ high"
         raise ArgumentError(where, "(low, zero, high)", expected=expected, got=repr(whole))
     ends = float(low - zero), float(high - zero)
-    if not np.ndim(scale.array if isinstance(scale, Tensor) else scale):
+    if not _shape(scale):
         return _of_first("fake_quantise", x, _step_size(where, scale), *ends)
     return _of_first("fake_quantise_rows", x, scale, *ends)
 
@@ -1228,10 +1268,11 @@ def shift_images(
         expected = "the height and width of a picture, two whole numbers from 1"
         raise ArgumentError(where, "shape", expected=expected, got=repr(shape))
     height, width = (int(s) for s in sizes)
-    found = np.shape(x)
+    found = _shape(x)
     if len(found) != 2 or found[1] != height * width:
         expected = f"of shape (n, {height * width}), pictures of {height}·{width} pixels"
         raise ShapeError(where, "x", expected=expected, got=f"shape {found}", fix="Flatten each picture to one row.")
+    host_number(where, "step", step)
     step = step if isinstance(step, np.ndarray) else int(step)
     attrs = {"width": width, "most": int(most) if _is_whole(most) else most, "seed": int(seed), "stream": int(stream)}
     return _constant(where, (x, fill, step), **attrs)

@@ -8,12 +8,13 @@ import numpy as np
 
 from minikd import functional as F
 from minikd.errors import ArgumentError, ShapeError
+from minikd.kernels.arrays import to_host
 
 __all__ = ["accuracy", "agreement", "expected_calibration_error", "kl_to_teacher", "negative_log_likelihood"]
 
 
 def _scores(where: str, logits: Any, rows: int | None = None) -> np.ndarray:
-    scores = np.asarray(logits, np.float64)
+    scores = np.asarray(to_host(logits), np.float64)
     if scores.ndim != 2 or 0 in scores.shape or (rows is not None and len(scores) != rows):
         expected = "of shape (n, c)" if rows is None else f"of shape ({rows}, c)"
         raise ShapeError(where, "logits", expected=expected, got=f"shape {scores.shape}")
@@ -22,14 +23,14 @@ def _scores(where: str, logits: Any, rows: int | None = None) -> np.ndarray:
 
 def accuracy(logits: Any, target: Any) -> float:
     """The share of rows whose largest logit (n, c) is that of the class id in target (n,); the first wins a tie."""
-    target = np.asarray(target)
+    target = np.asarray(to_host(target))
     return float((_scores("accuracy", logits, len(target)).argmax(axis=1) == target).mean())
 
 
 def negative_log_likelihood(logits: Any, target: Any) -> float:
     """The mean of -log softmax(logits)[target] in nats; the cross-entropy of hard labels, from logits (n, c)."""
     scores = _scores("negative_log_likelihood", logits, len(np.asarray(target)))
-    log_p = F.log_softmax(scores)
+    log_p = F.of_host(F.log_softmax, scores)
     return float(-log_p[np.arange(len(log_p)), np.asarray(target)].mean())
 
 
@@ -46,8 +47,8 @@ def expected_calibration_error(logits: Any, target: Any, bins: int = 15) -> floa
     """
     if bins < 1:
         raise ArgumentError("expected_calibration_error", "bins", expected="at least 1", got=repr(bins))
-    target = np.asarray(target)
-    probabilities = F.softmax(_scores("expected_calibration_error", logits, len(target)))
+    target = np.asarray(to_host(target))
+    probabilities = F.of_host(F.softmax, _scores("expected_calibration_error", logits, len(target)))
     confidence = probabilities.max(axis=1)
     if np.isnan(confidence).any():
         return float("nan")
@@ -68,4 +69,5 @@ def kl_to_teacher(student_logits: Any, teacher_logits: Any) -> float:
     """The mean of KL(softmax(teacher) ‖ softmax(student)) at temperature 1, in nats, from logits (n, c)."""
     teacher = _scores("kl_to_teacher", teacher_logits)
     student = _scores("kl_to_teacher", student_logits, len(teacher))
-    return float(F.kl_div(F.log_softmax(student), F.log_softmax(teacher), log_target=True))
+    log_p, log_q = (F.of_host(F.log_softmax, z) for z in (student, teacher))
+    return float(F.of_host(F.kl_div, log_p, log_q, log_target=True))

@@ -12,6 +12,7 @@ import numpy as np
 from minikd import functional as F
 from minikd.errors import ArgumentError, ShapeError
 from minikd.kernels import FLOATS, as_real, run
+from minikd.kernels.arrays import here, host_copy, is_array, module_of, on_device, to_host
 from minikd.kernels.recording import LAYOUT, Recorder, recorder, refuse, refuse_reading, traced
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.steps import Step
@@ -35,6 +36,7 @@ __all__ = [
 
 # Rows that predict and logits send through a network at a time: enough for the products, few enough for the cache.
 ROWS_AT_A_TIME = 512
+ROWS_ON_A_DEVICE = 16384  # the same on a GPU, which needs many rows to be busy
 
 
 class Arena:
@@ -53,16 +55,18 @@ class Arena:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = tuple(parameters)
-        dtypes = {p.dtype for p in self.parameters}
-        if len(dtypes) != 1 or len({id(p) for p in self.parameters}) != len(self.parameters):
-            expected = "a list of different parameters of one dtype"
+        dtypes, places = {p.dtype for p in self.parameters}, {p.device for p in self.parameters}
+        if len(dtypes) != 1 or len(places) != 1 or len({id(p) for p in self.parameters}) != len(self.parameters):
+            expected = "a list of different parameters of one dtype in one place"
             got = f"{len(self.parameters)} parameters of dtypes {sorted(str(d) for d in dtypes)}"
+            got += f" on {' and '.join(sorted(places))}" if len(places) > 1 else ""
             raise ArgumentError("Arena", "parameters", expected=expected, got=got)
         if any(p.arena is not None for p in self.parameters):
             raise _in_another_arena()
         size = sum(p.size for p in self.parameters)
-        self.values = np.empty(size, dtypes.pop())
-        self.gradients = np.zeros_like(self.values)
+        xp = module_of(self.parameters[0].array)
+        self.values = xp.empty(size, dtypes.pop())
+        self.gradients = xp.zeros_like(self.values)
         start = 0
         for p in self.parameters:
             place = slice(start, start + p.size)
@@ -154,7 +158,7 @@ class Module:
         raise ArgumentError("Module", "features", expected="asked of a Sequential", got=type(self).__name__)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, Tensor | np.ndarray):
+        if recorder() is not None and (isinstance(value, Tensor) or is_array(value)):
             refuse("a tensor or an array put into a module", "Return it from the step, and keep it outside.")
         object.__setattr__(self, name, value)
         LAYOUT.changed()
@@ -167,7 +171,7 @@ class Module:
         """A plan holds for the parts, parameters and modes that it was recorded with."""
         for _, module in self.named_modules():
             for name, value in vars(module).items():
-                if value is None or isinstance(value, _GUARDED):
+                if value is None or isinstance(value, _GUARDED) or on_device(value):
                     writing.guard(module, name)
 
     # --- parts and parameters ---
@@ -204,7 +208,21 @@ class Module:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """A copy of every parameter by name, as a PyTorch Sequential has them ("0.weight" is (outputs, inputs))."""
-        return {name: p.array.copy() for name, p in self.named_parameters()}
+        return {name: host_copy(p.array) for name, p in self.named_parameters()}
+
+    def to(self, place: str) -> Module:
+        """Move all parameters to where this backend computes ("cupy", "numpy", …), or to "cuda" or "cpu"; returns self.
+
+        They leave the arena of the optimizer that they had, which takes no further step: make a new one.
+
+        Raises
+        ------
+        ArgumentError : an unknown place.  BackendError : there is no GPU.
+        """
+        refuse("a model moved in the step", "Move it before the step.")
+        for parameter in self.parameters():
+            parameter.move_to(place)
+        return self
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Write these values into the parameters, in place; nothing is written unless everything fits.
@@ -260,7 +278,8 @@ class Module:
     def logits(self, x: Any, *, normalised: bool = False) -> np.ndarray:
         """Raw scores (n, c) of raw features x (n, k) or (k,): normalised first, without dropout or gradients.
 
-        `normalised` says that x is on the network's own scale already.
+        `normalised` says that x is on the network's own scale already. Under the backend "cupy" NumPy's arrays are
+        taken to the GPU and the result back, some rows at a time; what is asked of CuPy's arrays stays there.
         """
         return self._predicted("scores" if normalised else "logits", x)
 
@@ -282,18 +301,24 @@ class Module:
             found = predictor.forms[what].replay(x, *settings)
             if found is not NOT_RUN:
                 return found
-        if type(x) is np.ndarray and x.ndim == 2 and 0 < len(x) <= ROWS_AT_A_TIME and x.dtype in FLOATS:
+        at_a_time = ROWS_ON_A_DEVICE if here.on_device else ROWS_AT_A_TIME
+        if type(x) is here.array and x.ndim == 2 and 0 < len(x) <= at_a_time and x.dtype in FLOATS:
             return predictor(what, x, settings)
         array = as_real("logits", "x", x.array if isinstance(x, Tensor) else x)
         if array.ndim == 0:
             raise ShapeError("predict", "x", expected="rows of features (n, k), or one row (k,)", got="a single number")
         rows = array[None] if array.ndim == 1 else array.reshape(len(array), math.prod(array.shape[1:]))
-        starts = range(0, max(len(rows), 1), ROWS_AT_A_TIME)
-        pieces = [predictor(what, rows[k : k + ROWS_AT_A_TIME], settings) for k in starts]
+        starts = range(0, max(len(rows), 1), at_a_time)
+        pieces = [_back(predictor(what, here.put(p), settings), p) for p in (rows[k : k + at_a_time] for k in starts)]
         if len(pieces) > 1:
-            refuse("predictions for so many rows", f"Give {ROWS_AT_A_TIME} at most, or call the model on a tensor.")
-        found = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            refuse("predictions for so many rows", f"Give {at_a_time} at most, or call the model on a tensor.")
+        found = pieces[0] if len(pieces) == 1 else module_of(pieces[0]).concatenate(pieces)
         return found[0] if array.ndim == 1 else found
+
+
+def _back(found: Any, rows: Any) -> Any:
+    """A result where the rows that it is of were given."""
+    return found if on_device(rows) else to_host(found)
 
 
 # Kinds of attributes that a plan depends on, beside None: another value makes another plan.
@@ -316,6 +341,7 @@ class _Predictor:
         self.dtype: Any = None
         self.scale: tuple[Any, ...] | None = None  # mean and deviation of the features in this dtype
         self._scale_of: Any = None
+        self._scale_in: Any = None
 
     def __call__(self, what: str, rows: np.ndarray, settings: Sequence[Any]) -> np.ndarray:
         if self.version != LAYOUT.version:
@@ -348,11 +374,12 @@ class _Predictor:
         module = self.module
         parameters, modules = module.parameters(), [m for _, m in module.named_modules()]
         dtype = parameters[0].dtype if parameters else rows.dtype
-        if self._scale_of is not module.normalisation or self.dtype != dtype:
-            self._scale_of, self.dtype, given = module.normalisation, dtype, module.normalisation
+        if (self._scale_of, self._scale_in) != (module.normalisation, here.xp) or self.dtype != dtype:
+            self._scale_of, self._scale_in = module.normalisation, here.xp
+            self.dtype, given = dtype, module.normalisation
             columns = rows.shape[1]
             vectors = () if given is None else (given.mean, given.deviation)
-            self.scale = tuple(_for_columns(v, columns, dtype) for v in vectors) or None
+            self.scale = tuple(here.put(_for_columns(v, columns, dtype)) for v in vectors) or None
         training = [m for m in modules if m.training]
         try:
             for m in training:
@@ -402,8 +429,9 @@ class Linear(Module):
             if int(size) != size or size < 1:
                 raise ArgumentError("Linear", name, expected="a whole number from 1", got=repr(size))
         rng = np.random.default_rng(seed)
-        self.weight = Tensor.of(initial_weights(rng, outputs, inputs, activation, dtype), requires_grad=True)
-        self.bias = Tensor.of(np.zeros(outputs, dtype), requires_grad=True) if bias else None
+        weights = initial_weights(rng, outputs, inputs, activation, dtype)
+        self.weight = Tensor.of(here.put(weights), requires_grad=True)
+        self.bias = Tensor.of(here.put(np.zeros(outputs, dtype)), requires_grad=True) if bias else None
 
     def forward(self, x: Any, activation: str | None = None) -> Any:
         """The product, with bias and activation in one further pass; refuses x that is not (n, k)."""

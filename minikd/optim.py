@@ -11,6 +11,7 @@ import numpy as np
 
 from minikd.errors import ArgumentError, ShapeError, TapeError
 from minikd.kernels import as_index, as_real, run
+from minikd.kernels.arrays import here_too, host_copy, host_number, module_of
 from minikd.kernels.recording import LAYOUT, note_check, note_constant, plain, recorder, refuse, refuse_reading
 from minikd.nn import Arena
 from minikd.tensor import Tensor
@@ -57,7 +58,8 @@ class Optimizer:
         self.clip = clip
         self._lr = np.array(lr, np.float64)
         self._steps = np.zeros((), np.int64)
-        self.state = {n: np.zeros_like(self.arena.values) for n in self.state_names}
+        xp = module_of(self.arena.values)
+        self.state = {n: xp.zeros_like(self.arena.values) for n in self.state_names}
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -80,6 +82,7 @@ class Optimizer:
             run("set_scalar", self._lr, value if isinstance(value, np.ndarray) else float(value))
 
     def _check_lr(self, value: Any) -> None:
+        host_number(type(self).__name__, "lr", value)
         value = float(plain(value)) if isinstance(value, np.ndarray) else value
         _require(type(self).__name__, "lr", value, 0 <= float(value) < math.inf, "a finite number from 0")
 
@@ -105,6 +108,10 @@ class Optimizer:
             for name in ("arena", "attrs", "state", "max_norm", "clip"):
                 writing.guard(self, name)
         parameters = self.arena.parameters
+        if parameters[0].arena is not self.arena:
+            name, fix = type(self).__name__, "Make a new optimizer for what was moved."
+            expected, got = "in this optimizer's arena", "parameters of a model that was moved since"
+            raise ArgumentError(name, "the parameters", expected=expected, got=got, fix=fix)
         without = [p for p in parameters if not p.has_gradient]
         if len(without) == len(parameters):
             raise TapeError(
@@ -115,7 +122,7 @@ class Optimizer:
                 fix="Call loss.backward() first.",
             )
         for p in without:
-            p.take_gradient(note_constant(np.zeros(p.shape, p.dtype)))
+            p.take_gradient(note_constant(module_of(p.array).zeros(p.shape, p.dtype)))
         if self.clip is not None:
             run("clip_norm", self.arena.gradients, limit=float(self.clip))
         run("advance", self._steps)
@@ -130,10 +137,12 @@ class Optimizer:
     def state_dict(self) -> dict[str, np.ndarray]:
         """A copy of what the steps so far have left: "lr", "steps" (int64), and each array of `state` by its name.
 
+        On the host, wherever the parameters are.
+
         The arrays are flat, (k,), in the order of the arena; the parameters' values are not among them.
         """
         refuse_reading("the state of an optimizer")
-        return {name: buffer.copy() for name, buffer in self._state_buffers().items()}
+        return {name: host_copy(buffer) for name, buffer in self._state_buffers().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave: written in place, so that plans stay valid, and only if all of it fits.
@@ -160,7 +169,7 @@ class Optimizer:
         self._check_lr(float(values["lr"]))
         _require(where, "steps", int(values["steps"]), values["steps"] >= 0, "0 or above")
         for name, buffer in own.items():
-            buffer[...] = values[name]
+            buffer[...] = here_too(values[name], buffer)
 
     def _state_buffers(self) -> dict[str, Any]:
         return {"lr": self._lr, "steps": self._steps, **self.state}

@@ -11,12 +11,15 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minikd.kernels import Call, bind, join
-from minikd.kernels.recording import ARGUMENT, CONSTANT, MADE, Buffer, Recorded, Recorder, written
+from minikd.kernels.arrays import address, here, module_of, on_device
+from minikd.kernels.calls import OnHost
+from minikd.kernels.recording import ARGUMENT, CONSTANT, MADE, Buffer, Recorded, Recorder, Storage, written
 from minikd.ops import OPS
 
 ALIGNMENT = 64  # bytes: a line of the cache, and the widest vector
@@ -61,11 +64,19 @@ def room_of(size: int) -> int:
     return (size // ALIGNMENT + 1) * ALIGNMENT
 
 
-def block_of(size: int) -> Any:
-    """So many bytes that begin at a line of the cache."""
-    block = np.empty(size + ALIGNMENT, np.uint8)
-    start = -block.ctypes.data % ALIGNMENT
+def block_of(size: int, xp: Any = np) -> Any:
+    """So many bytes of this array module that begin at a line of the cache."""
+    block = xp.empty(size + ALIGNMENT, np.uint8)
+    start = -address(block) % ALIGNMENT
     return block[start : start + size]
+
+
+def array_in(block: Any, start: int, b: Buffer) -> Any:
+    """The buffer as an array that begins so many bytes into a block."""
+    if not on_device(block):
+        return np.ndarray(b.shape, b.dtype, block, start, b.strides)
+    xp = module_of(block)
+    return xp.ndarray(b.shape, b.dtype, block.data + start, b.strides)
 
 
 def spans_of(calls: Sequence[Recorded], made: Sequence[int], until_the_end: Sequence[int]) -> dict[int, Span]:
@@ -108,6 +119,32 @@ def share_in_place(calls: Sequence[Recorded], spans: dict[int, Span], sizes: dic
     return root
 
 
+def lay_out(
+    storages: Sequence[Storage], spans: dict[int, Span], sizes: dict[int, int]
+) -> tuple[dict[int, tuple[Any, int]], int]:
+    """Where each storage is: in which block and how many bytes into it; and the size of all blocks.
+
+    There is one block on the host and one on the device, for what the step makes there.
+    """
+    place: dict[int, tuple[Any, int]] = {}
+    total = 0
+    by_module: dict[Any, list[int]] = {}
+    for k in spans:
+        by_module.setdefault(module_of(storages[k].owner), []).append(k)
+    for xp, there in by_module.items():
+        offsets, size = place_all([sizes[k] for k in there], [spans[k] for k in there])
+        block = block_of(size, xp)
+        place |= {k: (block, offset) for k, offset in zip(there, offsets, strict=True)}
+        total += size
+    return place, total
+
+
+def _bound(call: Recorded, arrays: Sequence[Any]) -> Call:
+    """The call on these arrays; marked where the backend computes on a device, and the call on numbers of the host."""
+    bound = bind(call.name, *arrays, **call.attrs)
+    return OnHost(bound) if here.on_device and not any(map(on_device, arrays)) else bound
+
+
 def _bytes(b: Buffer) -> int:
     return math.prod(b.shape) * int(b.dtype.itemsize)
 
@@ -128,6 +165,32 @@ def _origins(recorder: Recorder, calls: Sequence[Recorded], parameters: set[int]
         )
 
     return [origin(k, s.kind) for k, s in enumerate(recorder.storages)]
+
+
+def _from_entry(stack: Any, array: Any) -> Callable[[int], Any]:
+    """What copies one of the stack's entries, by its number, to an array of the same dtype."""
+    if _in_one_piece(stack, array):
+        return partial(_queue_copy, address(array), 0, address(stack), array.nbytes, array.nbytes)
+    return lambda k: array.__setitem__(..., stack[k])
+
+
+def _to_entry(stack: Any, array: Any) -> Callable[[int], Any]:
+    """What copies the array to one of the stack's entries, by its number."""
+    if _in_one_piece(stack, array):
+        return partial(_queue_copy, address(stack), array.nbytes, address(array), 0, array.nbytes)
+    return lambda k: stack.__setitem__(k, array)
+
+
+def _in_one_piece(*arrays: Any) -> bool:
+    """Whether these lie on the device and each in one piece, so that their bytes can be copied there."""
+    return all(on_device(array) and array.flags.c_contiguous for array in arrays)
+
+
+def _queue_copy(to: int, to_step: int, from_: int, from_step: int, size: int, k: int) -> None:
+    """Let the device copy so many bytes on the current stream; the k-th of them where addresses have a step."""
+    cuda = here.xp.cuda
+    how = cuda.runtime.memcpyDeviceToDevice
+    cuda.runtime.memcpyAsync(to + k * to_step, from_ + k * from_step, size, how, cuda.get_current_stream().ptr)
 
 
 class Memory(NamedTuple):
@@ -166,11 +229,8 @@ class Plan:
         spans = spans_of(self.calls, made, [b.storage for b in wanted])
         separate = sum(sizes[k] for k in spans)
         root = share_in_place(self.calls, spans, sizes)
-        order = list(spans)
-        offsets, total = place_all([sizes[k] for k in order], [spans[k] for k in order])
-        place = dict(zip(order, offsets, strict=True))
+        place, total = lay_out(storages, spans, sizes)
         self.memory = Memory(total, separate)
-        block = block_of(total)
 
         def array_at(b: Buffer | None) -> Any:
             if b is None:
@@ -179,14 +239,14 @@ class Plan:
                 return np.array(b.value)
             if storages[b.storage].kind != MADE:
                 return recorder.arrays[b]
-            start = place[root.get(b.storage, b.storage)] + b.offset
-            return np.ndarray(b.shape, b.dtype, block, start, b.strides)
+            block, start = place[root.get(b.storage, b.storage)]
+            return array_in(block, start + b.offset, b)
 
         self.arguments = [s.owner for s in storages if s.kind == ARGUMENT]
         found = [array_at(b) for b in wanted]
         self.results, self.lasting = found[: len(results)], found[len(results) :]
         self.arrays = [tuple(array_at(b) for b in call.buffers) for call in self.calls]
-        self.bound = [bind(c.name, *arrays, **c.attrs) for c, arrays in zip(self.calls, self.arrays, strict=True)]
+        self.bound = [_bound(call, arrays) for call, arrays in zip(self.calls, self.arrays, strict=True)]
         self.parts: list[Call] = join(self.bound)
         parameters = {recorder.place(tensor.array).storage for tensor in recorder.changed}
         changes = (k for k, c in enumerate(self.calls) if any(b.storage in parameters for b in written(c)))
@@ -255,12 +315,14 @@ class Plan:
             finally:
                 self.rounds_done = only.rounds_done
             return
+        before = [_from_entry(argument, place) for place, argument in zip(self.arguments, arguments, strict=True)]
+        after = [_to_entry(result, place) for place, result in zip(self.results, results, strict=True)]
         for self.rounds_done in range(rounds):
-            for place, argument in zip(self.arguments, arguments, strict=True):
-                place[...] = argument[self.rounds_done]
+            for copy in before:
+                copy(self.rounds_done)
             self.run()
-            for place, result in zip(self.results, results, strict=True):
-                result[self.rounds_done] = place
+            for copy in after:
+                copy(self.rounds_done)
         self.rounds_done = rounds
 
     def explain(self, timed: bool = True) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from minikd.errors import ArgumentError
 from minikd.kernels import BACKENDS
+from minikd.kernels.precision import MANTISSA
 from minikd.objectives import PRESETS, HardLabels, Objective, SoftLabels, parse, preset
 from minikd.ops.elementwise import ACTIVATIONS
 from minikd.optim import OPTIMIZERS, SCHEDULES
@@ -69,7 +70,8 @@ class Settings:
     checkpoint_every: int = option(0, "steps between two checkpoints; 0 for one after each epoch, ten a second at most")
     seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "one paired comparison for each")
     split_seed: int = option(0, "of the division into training, validation and test part")
-    backend: str = option("", "c, numba or numpy; empty for the best that runs here")
+    backend: str = option("", "c, numba, numpy or cupy (a GPU); empty for the best that runs here on the processor")
+    precision: str = option("", "of products: float32, or tf32 or bfloat16 on cupy and numpy; empty to change nothing")
 
     def check(self) -> None:
         """Refuse a setting outside its range, with an ArgumentError that names it."""
@@ -203,6 +205,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seeds": (lambda v: len(v) > 0 and len(set(v)) == len(v) and min(v) >= 0, "different whole numbers from 0"),
     "split_seed": _count(0),
     "backend": _among(("", *BACKENDS)),
+    "precision": _among(("", *MANTISSA)),
 }
 
 

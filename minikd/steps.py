@@ -28,6 +28,7 @@ import numpy as np
 
 from minikd.errors import ArgumentError, DTypeError, PlanError, ShapeError
 from minikd.kernels import in_use
+from minikd.kernels.arrays import here, module_of, on_device, to_device
 from minikd.kernels.recording import anybody_records, recorder, refuse
 from minikd.plan import Plan
 from minikd.tape import no_grad
@@ -68,6 +69,10 @@ def compile(step: Callable[..., Any] | None = None, *, fallback: bool = False, c
     other parts and settings of models and optimizers. Not noticed: other attributes of objects of another kind
     (``self.factor``), other items of lists and dicts, and what ``np.asarray`` reads of an argument. They stay as they
     were when the step was recorded.
+
+    On a GPU (the backend "cupy") arguments are arrays of CuPy, and numbers arrays of NumPy without axes; what is
+    returned stays there, and nothing is waited for. All runs of a plan work in the same memory, so they belong on one
+    stream, or on several of which each waits for the one before.
 
     Usable as a decorator, with or without arguments.
     """
@@ -222,7 +227,8 @@ class Step:
         Parameters
         ----------
         arguments : arrays with one more axis in front than the step takes, all of one length; the row numbers of an
-            epoch's batches (steps, batch size) for example.
+            epoch's batches (steps, batch size) for example. On a GPU those that lie on the host are moved there, each
+            in one copy; numbers, of which there is one for each step, stay on the host.
         on_progress : called with the number of steps done after each call of C; such a call takes about 50 ms, and
             Ctrl-C is heeded between two.
 
@@ -242,7 +248,7 @@ class Step:
             if on_progress is not None:
                 on_progress(done)
         columns = zip(*(leaves_of(portion) for portion in portions), strict=True)
-        return rebuilt(portions[0], (column[0] if len(column) == 1 else np.concatenate(column) for column in columns))
+        return rebuilt(portions[0], (_joined(column) for column in columns))
 
     def portions(self, *arguments: Any) -> Iterator[Any]:
         """As `epoch`, in portions of about 50 ms: yields the results of each, so that a caller may stop or report."""
@@ -251,7 +257,7 @@ class Step:
     def _portions(self, *arguments: Any) -> Iterator[tuple[int, Any]]:
         """The number of steps in each portion, and their results."""
         refuse("an epoch of another step", "Call that step by itself.")
-        arrays = [np.asarray(x) for x in arguments]
+        arrays = [_where_steps_run(x) for x in arguments]
         lengths = {x.shape[:1] for x in arrays}
         if len(lengths) != 1 or lengths & {(), (0,)}:
             expected = "arrays of one length, one entry for each step"
@@ -283,3 +289,16 @@ class Step:
             self._rounds_done = variant.plan.rounds_done
         variant.seconds = max((time.perf_counter() - started) / count, 1e-9)
         return count, results
+
+
+def _where_steps_run(argument: Any) -> Any:
+    """An epoch's argument as an array whose entries lie where the step takes them."""
+    if on_device(argument):
+        return argument
+    array = np.asarray(argument)
+    return to_device(array) if here.on_device and array.ndim > 1 else array
+
+
+def _joined(portions: Sequence[Any]) -> Any:
+    """One result's portions as one array."""
+    return portions[0] if len(portions) == 1 else module_of(portions[0]).concatenate(portions)

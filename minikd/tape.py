@@ -13,10 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ContextDecorator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from minikd.errors import DTypeError, ShapeError, TapeError
-from minikd.kernels import execute, run
+from minikd.kernels import as_real, execute, run
+from minikd.kernels.arrays import here
 from minikd.kernels.recording import Recorder, note_constant, note_made, recorder, traced
 from minikd.ops import OPS, Op
 
@@ -93,7 +92,7 @@ def _gradient_buffer(tensor: Tensor, others: Sequence[Any]) -> Any:
     """A leaf's own place for its first gradient; a fresh buffer where it has none or another gradient is there."""
     place = tensor.gradient_place()
     if place is None or any(place is other for other in others):
-        return note_made(np.empty(tensor.array.shape, tensor.array.dtype))
+        return note_made(here.empty(tensor.array.shape, tensor.array.dtype))
     return place
 
 
@@ -245,8 +244,9 @@ def seed_gradient(shape: tuple[int, ...], dtype: Any, gradient: Any) -> Any:
         if shape != ():
             fix = "Reduce it first (.sum() or .mean()), or pass gradient=…"
             raise ShapeError("backward", "the tensor", expected="a scalar", got=f"shape {shape}", fix=fix)
-        return note_constant(np.ones((), dtype))
-    gradient = np.array(gradient, dtype, order="C")
-    if gradient.shape != shape:
-        raise ShapeError("backward", "gradient", expected=f"of shape {shape}", got=f"shape {gradient.shape}")
-    return gradient
+        return note_constant(here.xp.ones((), dtype))
+    given: Any = getattr(gradient, "array", gradient)  # of a tensor
+    found = here.put(as_real("backward", "gradient", given, dtype)).astype(dtype, order="C", copy=True)
+    if found.shape != shape:
+        raise ShapeError("backward", "gradient", expected=f"of shape {shape}", got=f"shape {found.shape}")
+    return found

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from minikd import tape
-from minikd.errors import ArgumentError, ShapeError, TapeError
-from minikd.kernels import as_real, run
+from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError, TapeError
+from minikd.kernels import FLOATS, as_real, operand, run
+from minikd.kernels.arrays import from_dlpack as arrays_from_dlpack
+from minikd.kernels.arrays import here, here_too, is_array, module_of, on_device, placed, taken_in, to_host
 from minikd.kernels.recording import LAYOUT, note_constant, note_made, recorder, refuse, refuse_reading
 
 Axis = int | tuple[int, ...] | None
@@ -21,9 +23,11 @@ class Tensor(tape.Recordable):
 
     Parameters
     ----------
-    data : anything NumPy can make an array of; copied, so that later writes to the source change nothing here.
-        float32 and float64 stay, float16 and integers become float32, Python numbers NumPy's float64.
+    data : anything NumPy can make an array of, or an array of another library that speaks DLPack; copied, so that
+        later writes to the source change nothing here. float32 and float64 stay, float16 and integers become float32,
+        Python numbers NumPy's float64.
     requires_grad : whether `backward` shall leave a gradient here.
+    device : "cpu" or "cuda"; None for where the backend in use computes.
 
     Attributes
     ----------
@@ -38,9 +42,13 @@ class Tensor(tape.Recordable):
     __slots__ = ("__weakref__", "_array", "_grad", "_place", "_requires_grad", "arena", "node", "version")
     __array_ufunc__ = None  # array + tensor calls Tensor.__radd__; np.exp(tensor) is refused, since it loses the tape
 
-    def __init__(self, data: Any, requires_grad: bool = False) -> None:
-        value = data.array if isinstance(data, Tensor) else as_real("Tensor", "data", data)
-        self._fill(_copied(value), bool(requires_grad), None)
+    def __init__(self, data: Any, requires_grad: bool = False, device: str | None = None) -> None:
+        given = data.array if isinstance(data, Tensor) else data
+        if not is_array(given) and hasattr(given, "__dlpack__"):
+            given = arrays_from_dlpack(given)
+        value = as_real("Tensor", "data", given)
+        moved = placed("Tensor", value, device)
+        self._fill(_copied(value) if moved is value else moved, bool(requires_grad), None)
 
     def _fill(self, array: Any, requires_grad: bool, node: tape.Node | None) -> None:
         self._array, self._requires_grad, self.node = array, requires_grad, node
@@ -99,33 +107,70 @@ class Tensor(tape.Recordable):
         return None if self._grad is None else Tensor.of(self._grad)
 
     def numpy(self) -> np.ndarray:
-        """The values as a read-only view: a write past the tape could silently falsify a gradient (copy to write)."""
+        """The values as a read-only view: a write past the tape could silently falsify a gradient (copy to write).
+
+        Of a tensor on a GPU a copy, once all that computes it is done.
+        """
         refuse_reading("the values of a tensor")
-        view = self.array.view()
+        view = to_host(self.array) if on_device(self.array) else self.array.view()
         view.flags.writeable = False
         return view
 
     def item(self) -> float:
         """The only element as a Python number."""
         refuse_reading("the number in a tensor")
-        return self.array.item()
+        return to_host(self.array).item()
 
     def detach(self) -> Tensor:
         """A copy of the values without a history; no gradient flows through it."""
-        return Tensor(self.array)
+        return Tensor.of(_copied(self.array))
+
+    def to(self, place: str) -> Tensor:
+        """The tensor where this backend computes ("cupy", or "numpy", "c", "numba"), or on "cuda" or "cpu".
+
+        Itself if it lies there; else a copy without a history or gradient.
+
+        Raises
+        ------
+        ArgumentError : an unknown place.  BackendError : there is no GPU.
+        """
+        moved = placed("Tensor.to", self.array, place)
+        return self if moved is self.array else Tensor.of(moved, self.requires_grad)
+
+    @property
+    def device(self) -> str:
+        """Where the values lie: "cuda" or "cpu"."""
+        return "cuda" if on_device(self.array) else "cpu"
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """The values for another library, without a copy; it must not write to them."""
+        refuse_reading("the values of a tensor")
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        found: tuple[int, int] = self.array.__dlpack_device__()
+        return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         refuse_reading("the values of a tensor")
+        if on_device(self.array):
+            fix = "Copy it to the host by name: tensor.numpy()."
+            got = f"a tensor of shape {self.shape} on a GPU"
+            raise BackendError("numpy", "an array", expected="in the host's memory", got=got, fix=fix)
         return np.array(self.array, dtype=dtype, copy=copy) if copy else np.asarray(self.numpy(), dtype=dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles hold the values; history, gradient and arena stay behind."""
-        return Tensor, (self.array, self.requires_grad)
+        """Pickles hold the values; history, gradient and arena stay behind."""
+        return Tensor, (to_host(self.array), self.requires_grad)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """A copy of the values where they lie; history, gradient and arena stay behind."""
+        return Tensor.of(_copied(self.array), self.requires_grad)
 
     def __repr__(self) -> str:
         if recorder() is not None:
             return f"a tensor of shape {self.shape} and {self.dtype} in a step that is being recorded"
-        text = np.array2string(self.array, separator=", ", prefix="Tensor(")
+        text = np.array2string(to_host(self.array), separator=", ", prefix="Tensor(")
         return f"Tensor({text}, dtype={self.dtype}{', requires_grad=True' if self.requires_grad else ''})"
 
     def __len__(self) -> int:
@@ -133,19 +178,22 @@ class Tensor(tape.Recordable):
 
     def __bool__(self) -> bool:
         refuse_reading("the truth of a tensor")
-        return bool(self.array)  # NumPy refuses where there is more than one element
+        return bool(to_host(self.array))  # NumPy refuses where there is more than one element
 
     def __float__(self) -> float:
         refuse_reading("the number in a tensor")
-        return float(self.array)
+        return float(to_host(self.array))
 
     def __getitem__(self, key: Any) -> Any:
         """Rows by slice or by a list of row numbers, recorded as `take`; anything else only without a gradient."""
         if not (self.requires_grad and tape.is_recording()):
-            return self.numpy()[key]
+            if not on_device(self.array):
+                return self.numpy()[key]
+            refuse_reading("the values of a tensor")
+            return self.array[key].copy()
         if isinstance(key, np.ndarray):
             refuse("an array as an index of a tensor", "Take the rows with x.take(rows).")
-        rows = note_constant(np.arange(len(self))[key]) if isinstance(key, slice | list | np.ndarray) else None
+        rows = np.arange(len(self))[key] if isinstance(key, slice | list | np.ndarray) else None
         if rows is None or rows.ndim != 1:
             raise TapeError(
                 "Tensor",
@@ -154,7 +202,7 @@ class Tensor(tape.Recordable):
                 got=repr(key),
                 fix="Views are not recorded: use x.numpy()[…] for values, or reshape, take and sum for gradients.",
             )
-        return self.take(rows)
+        return self.take(note_constant(here.put(rows)))
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if self.node is not None or (self.requires_grad and tape.is_recording()):
@@ -166,7 +214,8 @@ class Tensor(tape.Recordable):
                 fix="Wrap the assignment in `with kd.no_grad():`, or compute a new tensor instead.",
             )
         refuse("an assignment into a tensor", "Assign outside the step, or compute a new tensor.")
-        self.array[key] = value.array if isinstance(value, Tensor) else value
+        given = value.array if isinstance(value, Tensor) else value
+        self.array[key] = here_too(given, self.array) if is_array(given) else given
         self.changed_in_place()
 
     # --- gradients ---
@@ -217,6 +266,13 @@ class Tensor(tape.Recordable):
         if self._grad is not None:
             gradients[...] = self._grad
             self._grad = gradients
+
+    def move_to(self, place: str) -> None:
+        """Live at this place from now on (see `to`), in no arena and without a gradient; nothing if it lives there."""
+        moved = placed("Tensor.move_to", self.array, place)
+        if moved is not self.array:
+            self.arena, self.array, self._place, self._grad = None, moved, None, None
+            self.changed_in_place()
 
     def gradient_place(self) -> Any:
         """Where the first gradient of a leaf is written, or None if it needs a buffer of its own."""
@@ -354,9 +410,10 @@ def apply(name: str, *inputs: Any, **attrs: Any) -> Tensor:
 
 def _copied(array: Any) -> Any:
     """A copy that nobody else has; in a recorded step one that is made anew in each run."""
+    xp = module_of(array)
     if recorder() is None or not array.flags.c_contiguous:
-        return np.array(array, order="C", copy=True)
-    copy = note_made(np.empty(array.shape, array.dtype))
+        return xp.array(array, order="C", copy=True)
+    copy = note_made(xp.empty(array.shape, array.dtype))
     run("copy", copy, array)
     return copy
 
@@ -385,7 +442,7 @@ def _pairwise(name: str, a: Any, b: Any) -> Tensor:
 
 
 def _operand(name: str, value: Any, dtype: Any) -> Any:
-    array = as_real(name, "operand", value, dtype).astype(dtype, order="C", copy=False)
+    array = operand(name, "operand", value, dtype)
     writing = recorder()
     if writing is not None:
         writing.note_conversion(f"{name}: an operand", value, array)
@@ -394,7 +451,7 @@ def _operand(name: str, value: Any, dtype: Any) -> Any:
 
 def matmul(a: Any, b: Any) -> Tensor:
     """The matrix product of arrays with one or two axes, with NumPy's rules for a single axis."""
-    a, b = (x if isinstance(x, Tensor) else Tensor.of(as_real("matmul", "operand", x)) for x in (a, b))
+    a, b = (x if isinstance(x, Tensor) else Tensor.of(_here("matmul", "operand", x)) for x in (a, b))
     if not (1 <= a.ndim <= 2 and 1 <= b.ndim <= 2):
         expected, got = "arrays with one or two axes", f"shapes {a.shape} and {b.shape}"
         fix = "Flatten the leading axes with reshape first."
@@ -406,10 +463,39 @@ def matmul(a: Any, b: Any) -> Tensor:
     return y if y.shape == shape else y.reshape(shape)
 
 
+def _here(where: str, argument: str, value: Any) -> Any:
+    """`value` as a float32 or float64 array where the backend computes."""
+    return taken_in(where, argument, value, as_real(where, argument, value))
+
+
+def from_dlpack(value: Any) -> Tensor:
+    """A tensor on the memory of another library's array, without a copy: a PyTorch tensor on a GPU, for example.
+
+    What either of them writes the other one sees; the array's memory lives as long as the tensor. Before version 2.1
+    NumPy takes such arrays in for reading only.
+
+    Parameters
+    ----------
+    value : whatever speaks DLPack; float32 or float64, C-contiguous.
+
+    Raises
+    ------
+    DTypeError : it holds something else.  ShapeError : it does not lie in one piece.
+    """
+    array = arrays_from_dlpack(value)
+    if array.dtype not in FLOATS:
+        expected, fix = "an array of float32 or float64", "kd.Tensor(value) converts a copy."
+        raise DTypeError("from_dlpack", "value", expected=expected, got=str(array.dtype), fix=fix)
+    if not array.flags.c_contiguous:
+        expected, got = "C-contiguous", f"strides {array.strides}"
+        raise ShapeError("from_dlpack", "value", expected=expected, got=got, fix="kd.Tensor(value) takes a copy.")
+    return Tensor.of(array)
+
+
 def take(x: Any, rows: Any) -> Tensor:
     """Rows of x by number; x may have any number of axes behind the first."""
-    x = x if isinstance(x, Tensor) else Tensor.of(as_real("take", "x", x))
-    index = rows if isinstance(rows, np.ndarray) else np.asarray(rows)
+    x = x if isinstance(x, Tensor) else Tensor.of(_here("take", "x", x))
+    index = rows if is_array(rows) else taken_in("take", "rows", rows, np.asarray(rows))
     if x.ndim < 1 or index.ndim != 1:
         expected = "one axis of row numbers of an array with rows"
         raise ShapeError("take", "rows", expected=expected, got=f"shape {index.shape}")

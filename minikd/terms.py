@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minikd.kernels.arrays import to_host
 from minikd.nn import Arena, Module
 from minikd.objectives import Objective, Sum, Term
 from minikd.steps import Step
@@ -78,7 +79,7 @@ class TermMeter:
             self._copy_counters()  # so that every term sees the same dropout mask
             self._arena.gradients.fill(0)  # where a term has no gradient
             losses.append(float(step(len(places), *places, *batch)))
-            rows[k] = self._arena.gradients
+            rows[k] = to_host(self._arena.gradients)
         return losses, rows
 
     def measure(self, numbers: Sequence[Any], *batch: Any) -> tuple[TermFigures, ...]:

@@ -19,7 +19,9 @@ from minikd.augmentation import Shift
 from minikd.data import batches
 from minikd.data.batches import balanced_batches
 from minikd.errors import ArgumentError, DivergenceError, ShapeError
+from minikd.feed import Feed
 from minikd.kernels import as_index
+from minikd.kernels.arrays import here, here_too, host_copy, on_device, to_host
 from minikd.kernels.threads import blas_threads_for
 from minikd.nn import Module, Sequential
 from minikd.objectives import Batch, HardLabels, Objective, SoftLabels, as_target
@@ -113,12 +115,12 @@ def loss_of(model: Module, objective: Objective, inputs: Any, soft: Any, target:
 def training_step(
     model: Module,
     opt: Optimizer,
-    x: np.ndarray,
-    y: np.ndarray,
-    teacher_logits: np.ndarray | None,
+    x: Any,
+    y: Any,
+    teacher_logits: Any,
     objective: Objective,
     *,
-    hints: Sequence[np.ndarray] = (),
+    hints: Sequence[Any] = (),
     shift: Shift | None = None,
 ) -> Step:
     """A compiled step: given a batch's row numbers, the learning rate and the objective's varying numbers, it learns.
@@ -210,10 +212,8 @@ class Training:
         parameters = [*model.parameters(), *self.objective.parameters()]
         self._opt = OPTIMIZERS[optimizer](parameters, lr, max_norm=max_norm or None, **given)
         self._varying = self.objective.varying()
-        inputs, target, soft = self._data
-        self._take = training_step(
-            model, self._opt, inputs, target, soft, self.objective, hints=self._hints, shift=shift
-        )
+        inputs, target, soft, *hints = self._feed.arrays
+        self._take = training_step(model, self._opt, inputs, target, soft, self.objective, hints=hints, shift=shift)
         self._losses = np.zeros(self.per_epoch)  # of the present epoch's steps
         self._measured = np.empty(0, np.int64)  # the rows of the epoch's last full batch
         self._best: dict[str, Any] | None = None
@@ -244,19 +244,18 @@ class Training:
 
     def _prepare(self, x: np.ndarray, y: np.ndarray, soft: Any, features: Any) -> None:
         """The arrays in the model's dtype, and whatever the objective makes of a first look at a few rows."""
-        real = self.model.parameters()[0].dtype
+        real, theirs = self.model.parameters()[0].dtype, self.objective.teacher_layers
         logits = None if soft is None else np.ascontiguousarray(soft, real)
-        target = as_target(as_index("fit", "y", y))
-        self._data = np.ascontiguousarray(x, real), target, logits
-        self._hints = [np.ascontiguousarray(features[name], real) for name in self.objective.teacher_layers]
+        self._target = as_target(as_index("fit", "y", y))
+        hints = [np.ascontiguousarray(features[name], real) for name in theirs]
+        self._feed = Feed([np.ascontiguousarray(x, real), self._target, logits, *hints], self._batch_size)
         names = self.objective.student_layers
-        if names or self.objective.teacher_layers:
-            few = slice(0, ROWS_TO_PREPARE)
+        if names or theirs:
+            inputs, few_logits, target, few_hints = self.batch(np.arange(min(len(x), ROWS_TO_PREPARE)))
             was_training = self.model.training
-            output, found = self.model.eval()(self._data[0][few], features=names)
+            output, found = self.model.eval()(inputs, features=names)
             self.model.train(was_training)
-            theirs = {n: h[few] for n, h in zip(self.objective.teacher_layers, self._hints, strict=True)}
-            self.objective.prepare(Batch(output, None if logits is None else logits[few], target[few], found, theirs))
+            self.objective.prepare(Batch(output, few_logits, target, found, dict(zip(theirs, few_hints, strict=True))))
 
     # --- the loop ---
 
@@ -286,12 +285,12 @@ class Training:
             while self.step < last and not self.stopped_early:
                 self._run_epoch(batches)
         if self._best is not None and (self.step == self.steps or self.stopped_early):
-            self._opt.arena.values[...] = self._best_values
+            self._opt.arena.values[...] = here_too(self._best_values, self._opt.arena.values)
         self.model.eval()
 
     def _batches(self, start: int) -> Iterator[np.ndarray]:
         """The batches from this step on."""
-        classes = self._data[1][self._rows] if self._sampling == "balanced" else None
+        classes = self._target[self._rows] if self._sampling == "balanced" else None
         return endless_batches(self._rows, self._batch_size, self._seed, start, classes)
 
     def _run_epoch(self, batches: Iterator[np.ndarray]) -> None:
@@ -299,21 +298,54 @@ class Training:
         first = self.step
         if first % self.per_epoch == 0:
             self._measured = np.empty(0, np.int64)
+        try:
+            self._take_steps(batches, before, first)
+        except ArgumentError:
+            if here.on_device:  # which refused it after the steps behind it
+                self.restore(*before)
+            raise
+        if not self._finite_weights():
+            raise self._diverged(before, first)
+        finished = self._finish_epoch()
+        self._keep()
+        self._tell(finished)
+
+    def _take_steps(self, batches: Iterator[np.ndarray], before: Any, first: int) -> None:
+        """The steps that are left of the present epoch."""
         end = (self.step // self.per_epoch + 1) * self.per_epoch
         while self.step < end:
             stop = min(end, self._next_checkpoint())
             for _, group in itertools.groupby(itertools.islice(batches, stop - self.step), len):
                 batch = np.stack(list(group))
                 self._measured = batch[-1] if len(batch[-1]) >= len(self._measured) else self._measured
-                for losses in self._take.portions(batch, *self._numbers(self.step, len(batch))):
+                for losses in self._steps_on(batch, self._numbers(self.step, len(batch))):
                     self._took(losses, before, first)
             if self.step < end:
                 self._keep()
-        if not np.isfinite(self._opt.arena.values).all():
-            raise self._diverged(before, first)
-        finished = self._finish_epoch()
-        self._keep()
-        self._tell(finished)
+
+    def _steps_on(self, batches: np.ndarray, numbers: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """Take a step on each of these batches (steps, rows), and give the losses in portions, on the host.
+
+        Losses that lie on a GPU are looked at when somebody is told of them, or at the end.
+        """
+        waiting: list[Any] = []
+        for start, stop, picked in self._feed.portions(batches):
+            for losses in self._take.portions(picked, *(column[start:stop] for column in numbers)):
+                waiting.append(losses)
+                if not on_device(losses) or self._time_to_tell():
+                    yield _fetched(waiting)
+                    waiting = []
+        if waiting:
+            yield _fetched(waiting)
+
+    def _time_to_tell(self) -> bool:
+        """Whether somebody wants to hear of the progress, and did not for a while."""
+        told = self._on_epoch is not None or self._on_step is not None
+        return told and time.monotonic() - self._told > SECONDS_BETWEEN_REPORTS
+
+    def _finite_weights(self) -> bool:
+        values = self._opt.arena.values
+        return bool(to_host(here.xp.isfinite(values).all()) if on_device(values) else np.isfinite(values).all())
 
     def _next_checkpoint(self) -> int:
         every = 0 if self._keeper is None else self._keeper.every
@@ -341,7 +373,7 @@ class Training:
             begin = self.step - len(losses)
             for step, loss in enumerate(losses.tolist(), begin):
                 self._on_step(StepReport(step + 1, loss, self._lr * self._rate(step)))
-        if self._on_epoch is not None and time.monotonic() - self._told > SECONDS_BETWEEN_REPORTS:
+        if self._time_to_tell():
             self._tell(self._where())
 
     def _tell(self, epoch: Epoch) -> None:
@@ -396,8 +428,8 @@ class Training:
 
     def batch(self, picked: np.ndarray) -> tuple[Any, ...]:
         """Inputs, teacher's logits, targets and teacher's layers of these rows."""
-        x, target, soft = self._data
-        return x[picked], None if soft is None else soft[picked], target[picked], [h[picked] for h in self._hints]
+        x, target, soft, *hints = self._feed.rows(picked)
+        return x, soft, target, hints
 
     # --- early stopping ---
 
@@ -406,7 +438,7 @@ class Training:
         figures = {"epoch": epoch, "accuracy": validation["accuracy"], "nll": validation["nll"]}
         best = self._best
         if best is None or (figures["accuracy"], -figures["nll"]) > (best["accuracy"], -best["nll"]):
-            self._best, self._best_values = figures, self._opt.arena.values.copy()
+            self._best, self._best_values = figures, host_copy(self._opt.arena.values)
         elif epoch - best["epoch"] >= self.patience:
             self.stopped_early = True
 
@@ -419,7 +451,11 @@ class Training:
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """All that the rest of the training depends on: arrays by name, and facts that JSON can hold."""
-        tensors = {"values": self._opt.arena.values.copy(), "losses": self._losses.copy(), "measured": self._measured}
+        tensors = {
+            "values": host_copy(self._opt.arena.values),
+            "losses": self._losses.copy(),
+            "measured": self._measured,
+        }
         tensors |= {f"optimizer.{name}": np.asarray(value) for name, value in self._opt.state_dict().items()}
         tensors |= {f"counter.{name}": counter.copy() for name, counter in self._counters().items()}
         if self._best is not None:
@@ -440,7 +476,7 @@ class Training:
             raise ArgumentError("fit", "the state", expected="that of the same training", got="another one", fix=fix)
         prefix = "optimizer."
         self._opt.load_state_dict({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
-        values[...] = tensors["values"]
+        values[...] = here_too(tensors["values"], values)
         for p in self._opt.arena.parameters:
             p.changed_in_place()
         self._losses[...] = tensors["losses"]
@@ -453,7 +489,7 @@ class Training:
 
     def _fits(self, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> bool:
         """Whether a state, which may come from a damaged file, has all that `restore` reads as `state` gives it."""
-        own = {"values": self._opt.arena.values, "losses": self._losses}
+        own: dict[str, Any] = {"values": self._opt.arena.values, "losses": self._losses}
         own |= {f"counter.{name}": counter for name, counter in self._counters().items()}
         if {name for name in tensors if name.startswith("counter.")} | {"values", "losses"} != set(own):
             return False
@@ -465,7 +501,7 @@ class Training:
         alike = all(n in tensors and (tensors[n].shape, tensors[n].dtype) == (v.shape, v.dtype) for n, v in own.items())
         if not alike or measured is None or measured.ndim != 1 or measured.dtype != np.int64:
             return False
-        inside = ((measured >= 0) & (measured < len(self._data[0]))).all()
+        inside = ((measured >= 0) & (measured < len(self._target))).all()
         step, told = facts.get("step"), isinstance(history, list) and all(isinstance(row, dict) for row in history)
         in_time = type(step) is int and 0 <= step <= self.steps
         return bool(inside and told and in_time and "best" in facts and isinstance(facts.get("stopped_early"), bool))
@@ -478,8 +514,8 @@ class Training:
         batches, rates = self._batches(self.step), self._numbers(first, self.per_epoch - first % self.per_epoch)
         for k, picked in enumerate(itertools.islice(batches, len(rates[0]))):
             good = self.state()
-            loss = float(self._take(picked, *(column[k, ...] for column in rates)))
-            if not math.isfinite(loss) or not np.isfinite(self._opt.arena.values).all():
+            loss = self._loss_of_step(picked, [column[k, ...] for column in rates])
+            if not math.isfinite(loss) or not self._finite_weights():
                 break
             self._losses[self.step % self.per_epoch] = loss
             self.step += 1
@@ -497,14 +533,20 @@ class Training:
             fix=fix,
         )
 
+    def _loss_of_step(self, picked: np.ndarray, numbers: Sequence[np.ndarray]) -> float:
+        """Take one step on these rows."""
+        ((_, _, rows),) = self._feed.portions(picked[None])
+        return float(to_host(self._take(rows[0], *numbers).array))
+
     def _culprit(self, picked: np.ndarray) -> str:
         """The first layer, input or term that is not finite on these rows, in words."""
-        inputs, soft, _, hints = batch = self.batch(picked)
+        batch = self.batch(picked)
+        inputs, _, soft, *hints = self._feed.on_host(picked)
         for name, array in (("the features", inputs), ("the teacher's logits", soft), *(("a hint", h) for h in hints)):
             if array is not None and (np.isnan(array) | (array == np.inf)).any():
                 row = int(picked[np.argwhere(~np.isfinite(array))[0, 0]])
                 return f"row {row} of {name} is not finite"
-        outputs = outputs_by_layer(self.model, inputs)
+        outputs = outputs_by_layer(self.model, batch[0])
         broken = next((name for name, array in outputs.items() if not np.isfinite(array).all()), "")
         losses, gradients = TermMeter(self.model, self.objective, loss_of).gradients(self._present(), *batch)
         said = [f"the output of layer {broken} is not finite"] if broken else []
@@ -520,8 +562,8 @@ class Training:
     def _update(self, picked: np.ndarray) -> np.ndarray:
         """The weights after this step, which is undone again."""
         good = self.state()
-        self._take(picked, *(column[0, ...] for column in self._numbers(self.step, 1)))
-        after = self._opt.arena.values.astype(np.float64)
+        self._loss_of_step(picked, [column[0, ...] for column in self._numbers(self.step, 1)])
+        after: np.ndarray = host_copy(self._opt.arena.values).astype(np.float64)
         self.restore(*good)
         return after
 
@@ -556,7 +598,13 @@ def outputs_by_layer(model: Module, inputs: np.ndarray) -> dict[str, np.ndarray]
 
 
 def _array_of(output: Any) -> np.ndarray:
-    return output.numpy() if isinstance(output, Tensor) else np.asarray(output)
+    return output.numpy() if isinstance(output, Tensor) else np.asarray(to_host(output))
+
+
+def _fetched(portions: Sequence[Any]) -> np.ndarray:
+    """Losses (steps,) of several portions, on the host."""
+    xp = here.xp
+    return np.asarray(to_host(portions[0] if len(portions) == 1 else xp.concatenate(portions)))
 
 
 def _needs_logits(objective: Objective) -> bool:

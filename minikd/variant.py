@@ -16,11 +16,11 @@ from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy import ndarray
 
 from minikd.errors import DTypeError, MinikdError, PlanError
 from minikd.kernels import FLOATS, in_use
-from minikd.kernels.recording import LAYOUT, Guard, Recorder, Traced, address, content, content_of, plain, recording
+from minikd.kernels.arrays import address, here, is_array, misplaced, module_of, on_device, synchronize
+from minikd.kernels.recording import LAYOUT, Guard, Recorder, as_traced, content, content_of, plain, recording
 from minikd.plan import Plan
 from minikd.tape import is_recording
 from minikd.tensor import Tensor
@@ -36,13 +36,14 @@ def is_data(value: Any) -> bool:
             expected = "an array, or a tensor without a history"
             raise PlanError("compile", "an argument", expected=expected, got="what was computed from others", fix=fix)
         return not value.requires_grad
-    return isinstance(value, np.ndarray)
+    return is_array(value)
 
 
 def look_of_argument(value: Any) -> Any:
-    """What a plan depends on of an argument: shape and dtype of data, anything else as it is."""
+    """What a plan depends on of an argument: shape, dtype and memory of data, anything else as it is."""
     if is_data(value):
-        return type(value) is Tensor, value.shape, value.dtype
+        tensor = type(value) is Tensor
+        return tensor, on_device(value.array if tensor else value), value.shape, value.dtype
     return _constant(value)
 
 
@@ -63,8 +64,17 @@ def _constant(value: Any) -> Any:
 
 
 def place_for(value: Any) -> Any:
-    """An array of the plan's own for an argument: floats as they are (64 bits without axes), whole numbers as int64."""
+    """An array of the plan's own for an argument: floats as they are (64 bits without axes), whole numbers as int64.
+
+    It lies where the backend computes, but a number of NumPy's, an array without axes, stays on the host.
+
+    Raises
+    ------
+    BackendError : the argument lies elsewhere.
+    """
     array = value.array if isinstance(value, Tensor) else value
+    if on_device(array) is not here.on_device and (array.ndim > 0 or on_device(array)):
+        raise misplaced("compile", "an argument", array)
     given = array.dtype.newbyteorder("=")
     if given in FLOATS or given in (np.float16, np.bool_):
         dtype = np.float64 if array.ndim == 0 else given.type if given in FLOATS else np.float32
@@ -73,25 +83,27 @@ def place_for(value: Any) -> Any:
     else:
         expected = "an array of float16, float32, float64 or whole numbers"
         raise DTypeError("compile", "an argument", expected=expected, got=str(array.dtype))
-    return np.empty(array.shape, dtype)
+    return module_of(array).empty(array.shape, dtype)
 
 
 def _fitting(array: Any) -> Any:
     """The array as one that can be copied to its place: what int64 cannot hold stays too large."""
     if array.dtype.kind == "u" and array.dtype.itemsize == 8:
-        return np.minimum(array, np.uint64(np.iinfo(np.int64).max))
+        return module_of(array).minimum(array, np.uint64(np.iinfo(np.int64).max))
     return array
 
 
 # --- results ---
 
 
-Leaf = Tensor | np.ndarray | np.generic
+def _is_leaf(value: Any) -> bool:
+    """Whether this is a tensor, an array or a number of NumPy's."""
+    return isinstance(value, Tensor | np.ndarray | np.generic) or on_device(value)
 
 
 def leaves_of(value: Any) -> Iterator[Any]:
     """The tensors, arrays and NumPy numbers in what a step returned."""
-    if isinstance(value, Leaf):
+    if _is_leaf(value):
         yield value
     elif isinstance(value, dict):
         for v in value.values():
@@ -103,7 +115,7 @@ def leaves_of(value: Any) -> Iterator[Any]:
 
 def rebuilt(value: Any, leaves: Iterator[Any]) -> Any:
     """The same structure with these leaves in it."""
-    if isinstance(value, Leaf):
+    if _is_leaf(value):
         return next(leaves)
     if isinstance(value, dict):
         return {k: rebuilt(v, leaves) for k, v in value.items()}
@@ -115,8 +127,8 @@ def rebuilt(value: Any, leaves: Iterator[Any]) -> Any:
 
 def _skeleton(value: Any) -> Any:
     """What a step returned without its leaves, to be compared."""
-    if isinstance(value, Leaf):
-        return Leaf
+    if _is_leaf(value):
+        return _is_leaf
     if isinstance(value, dict):
         return [(k, _skeleton(v)) for k, v in value.items()]
     if isinstance(value, tuple | list):
@@ -125,14 +137,15 @@ def _skeleton(value: Any) -> Any:
 
 
 def array_of(leaf: Any) -> Any:
-    return plain(leaf.array) if isinstance(leaf, Tensor) else plain(np.asanyarray(leaf))
+    array = leaf.array if isinstance(leaf, Tensor) else leaf
+    return plain(array) if is_array(array) else np.asarray(array)
 
 
 def _like(leaf: Any, array: Any) -> Any:
-    """A copy of the array as what the step returned in its place: a tensor, an array, or a number."""
+    """A copy of the array as what the step returned in its place: a tensor, an array, or a number of NumPy's."""
     if isinstance(leaf, Tensor):
         return Tensor.of(array.copy())
-    return array.copy() if array.ndim else array[()]
+    return array.copy() if array.ndim or on_device(array) else array[()]
 
 
 # --- one way of running a step ---
@@ -158,7 +171,7 @@ class Variant:
         self.places = tuple(places)  # the plan's own array for each argument that is data, None for the others
         self.plan: Plan | None = None
         self.refusal: PlanError | None = None
-        self.looks: list[tuple[Any, Any, Any]] = []  # the places as a quick look compares them
+        self.looks: list[tuple[Any, Any, Any, Any]] = []  # the places as a quick look compares them
         self.seconds = math.inf  # that a replay took when several were made at once; not known yet
         self.steady = False  # whether nothing but the layout can end it
         self.writer: Recorder | None = None  # of the first call, until the second confirms it
@@ -218,7 +231,7 @@ class Variant:
         self.checks = [(numbers[id(array)], check) for array, check in writer.checks if id(array) in numbers]
         self.returned = rebuilt(returned, iter([_empty_like(leaf) for leaf in leaves]))
         self.leaves = list(leaves_of(self.returned))
-        array = isinstance(self.returned, np.ndarray) and self.results[0].ndim > 0
+        array = is_array(self.returned) and (self.results[0].ndim > 0 or on_device(self.results[0]))
         self.single = Tensor if isinstance(self.returned, Tensor) else np.ndarray if array else None
         self.steady = self.tape_on is None and not (self.found_gradients or self.names or self.cells)
         self.writer, self.recorded, self.plan = None, None, plan
@@ -256,11 +269,11 @@ class Variant:
         if len(args) != len(looks) or ((self.layout != LAYOUT.version or not self.steady) and not self.fits()):
             return NOT_RUN
         for k, value in enumerate(args):
-            place, shape, dtype = looks[k]
+            place, kind, shape, dtype = looks[k]
             if place is None:
-                if value is not shape:  # which holds what the argument was
+                if value is not kind:  # which holds what the argument was
                     return NOT_RUN
-            elif type(value) is not ndarray or value.shape != shape or value.dtype != dtype:
+            elif type(value) is not kind or value.shape != shape or value.dtype != dtype:
                 return NOT_RUN
             else:
                 place[...] = value
@@ -292,17 +305,23 @@ class Variant:
         return rebuilt(self.returned, iter(leaves))
 
     def repeat(self, stacks: Sequence[Any]) -> Any:
-        """Replay on each entry of these arrays; the results as arrays with one more axis in front."""
+        """Replay on each entry of these arrays; the results as arrays with one more axis in front.
+
+        On a device nothing is waited for between two steps, but for all of them at the end.
+        """
         assert self.plan is not None
         count = len(stacks[0])
-        arguments = [np.ascontiguousarray(_fitting(x), p.dtype) for x, p in zip(stacks, self.places, strict=True)]
-        results = [np.empty((count, *r.shape), r.dtype) for r in self.results]
+        arguments = [
+            module_of(p).ascontiguousarray(_fitting(x), p.dtype) for x, p in zip(stacks, self.places, strict=True)
+        ]
+        results = [module_of(r).empty((count, *r.shape), r.dtype) for r in self.results]
         good = min((self.first_refused(arguments[k], check) for k, check in self.checks), default=count)
         try:
             self.plan.repeat(arguments, results, good)
         finally:
             if self.plan.rounds_done:
                 self.take_effect(self.plan.rounds_done)
+        synchronize()
         if good < count:
             self.refuse_one_of([(arguments[k][good], check) for k, check in self.checks])
         return rebuilt(self.returned, iter(results))
@@ -369,16 +388,16 @@ def _same_memory(a: Any, b: Any) -> bool:
     return a is b or (a is not None and b is not None and address(a) == address(b))
 
 
-def _quick_look(value: Any, place: Any) -> tuple[Any, Any, Any]:
-    """What `try_run` compares an argument with: its place, shape and dtype, or None and the very thing that it was."""
+def _quick_look(value: Any, place: Any) -> tuple[Any, Any, Any, Any]:
+    """What `try_run` compares an argument with: its place, and that one's type, shape and dtype; or the very thing."""
     if place is None:
-        return None, value, None
-    return (None, NOT_RUN, None) if type(value) is Tensor else (place, place.shape, place.dtype)
+        return None, value, None, None
+    return (None, NOT_RUN, None, None) if type(value) is Tensor else (place, type(place), place.shape, place.dtype)
 
 
 def _handed_over(value: Any, place: Any) -> Any:
     """An argument as the function sees it while it is recorded: memory of the plan, whose values are not to be read."""
-    traced = place.view(Traced)
+    traced = as_traced(place)
     return Tensor.of(traced) if isinstance(value, Tensor) else traced
 
 

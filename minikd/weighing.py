@@ -17,6 +17,7 @@ import numpy as np
 
 from minikd import functional as F
 from minikd.errors import DivergenceError
+from minikd.kernels.arrays import here, to_host
 from minikd.nn import Module
 from minikd.objectives import Batch, Objective, Term, as_target
 from minikd.peers import Peers
@@ -117,9 +118,11 @@ def weigh(
     """
     learner, weighed = copy.deepcopy((model, objective))
     real = learner.parameters()[0].dtype
-    inputs, target = np.ascontiguousarray(x, real), as_target(y)
-    soft = None if teacher_logits is None else np.ascontiguousarray(teacher_logits, real)
-    features = {name: np.ascontiguousarray(h, real) for name, h in (teacher_features or {}).items()}
+    labels = as_target(to_host(y))
+    said = None if teacher_logits is None else np.ascontiguousarray(to_host(teacher_logits), real)
+    inputs, target = here.put(np.ascontiguousarray(to_host(x), real)), here.put(labels)
+    soft = None if said is None else here.put(said)
+    features = {n: here.put(np.ascontiguousarray(to_host(h), real)) for n, h in (teacher_features or {}).items()}
     scores = _prepare(learner, weighed, inputs, soft, target, features)
     numbers = [place.at(progress) for place in weighed.varying()]
     hints = [features[name] for name in weighed.teacher_layers if name in features]
@@ -128,12 +131,12 @@ def weigh(
         warnings.filterwarnings("ignore", message=".*look like probabilities")  # which `probabilities` tells
         values, gradients = meter.gradients(numbers, inputs, soft, target, hints)
     present = weighed.at(numbers).terms
-    given = {"teacher": soft, "student": scores}
+    given = {"teacher": said, "student": scores}
     return Weighing(
         _terms(meter.names, present, values, gradients),
         _angle(*_pulls(present, gradients[:, : model.parameter_count])),
         len(inputs),
-        int((target >= 0).sum()),
+        int((labels >= 0).sum()),
         len(model.members) if isinstance(model, Peers) else 1,
         tuple(name for name, z in given.items() if z is not None and F.look_like_probabilities(z)),
         moment,
@@ -163,7 +166,7 @@ def weigh_first_epoch(training: Training) -> tuple[list[Weighing], list[str]]:
 
 
 def _prepare(
-    model: Module, objective: Objective, inputs: np.ndarray, soft: Any, target: np.ndarray, features: Mapping[str, Any]
+    model: Module, objective: Objective, inputs: Any, soft: Any, target: Any, features: Mapping[str, Any]
 ) -> np.ndarray:
     """The model's logits (n, c); on the way an objective that learns along is prepared with what the batch shows."""
     names = objective.student_layers

@@ -79,7 +79,7 @@ def test_a_backend_whose_package_is_missing_says_how_it_is_installed(monkeypatch
 def test_an_unknown_backend_is_refused_with_the_names_of_the_known() -> None:
     with pytest.raises(BackendError) as caught:
         kd.use_backend("cuda")
-    assert str(caught.value) == "use_backend: name must be one of c, numba, numpy, got 'cuda'."
+    assert str(caught.value) == "use_backend: name must be one of c, numba, numpy, cupy, got 'cuda'."
 
 
 # --- the first choice ---
@@ -114,7 +114,7 @@ def test_a_backend_that_the_environment_asks_for_in_vain_is_refused_and_none_is_
     monkeypatch.setenv("MINIKD_BACKEND", "cuda")
     with pytest.raises(BackendError) as caught:
         current_backend()
-    assert str(caught.value) == "the environment: MINIKD_BACKEND must be one of c, numba, numpy, got 'cuda'."
+    assert str(caught.value) == "the environment: MINIKD_BACKEND must be one of c, numba, numpy, cupy, got 'cuda'."
     assert not any(status.default for status in kd.backends().values())
 
 

@@ -219,7 +219,7 @@ def test_all_layers_can_be_given_where_first_and_last_fit_the_data(tmp_path: Pat
         (["--temperature", "warm"], ["--temperature must be a number; got 'warm'", "(Try minikd distill --help.)"]),
         (["--epochs", "1.5"], ["--epochs must be a whole number; got '1.5'"]),
         (["--epochs", "0"], ["--epochs must be a whole number from 1, got 0"]),
-        (["--backend", "abacus"], ["--backend must be one of", "c, numba, numpy, got 'abacus'"]),
+        (["--backend", "abacus"], ["--backend must be one of", "c, numba, numpy, cupy, got 'abacus'"]),
         (["--optimizer", "magic"], ["--optimizer must be one of sgd, nesterov, adam, adamw, got 'magic'"]),
         (["--student", "16;16"], ["--student must be layer sizes such as 256-256, or none; got '16;16'"]),
         (["--student", "0"], ["--student must be layer sizes, each a whole number from 1, got (0,)"]),

@@ -46,6 +46,7 @@ LAYERS = {
     "store": 6,
     "bias": 7,
     "terms": 7,
+    "feed": 7,
     "training": 7,
     "checkpoints": 7,
     "settings": 7,

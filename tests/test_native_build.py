@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from minikd.errors import BackendError
 from minikd.kernels import native
+from minikd.kernels.cuda import sources
+from minikd.kernels.cuda.table import KERNELS
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,7 +40,8 @@ def source(tmp_path: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    shutil.copytree(ROOT / "minikd" / "data", tmp_path / "minikd" / "data")
+    for name in ("data", "kernels"):
+        shutil.copytree(ROOT / "minikd" / name, tmp_path / "minikd" / name)
     return tmp_path
 
 
@@ -78,3 +82,19 @@ def test_the_kernels_are_plain_c99_without_a_warning(dtype: str, tmp_path: Path)
         subprocess.run(
             [compiler, *options, "-c", str(ROOT / "csrc" / file), "-o", str(tmp_path / "object.o")], check=True
         )
+
+
+def test_a_built_package_holds_all_that_the_cuda_sources_include(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source / "minikd" / "__init__.py").write_text("")
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    monkeypatch.setattr(sources, "HERE", source / "built" / "minikd" / "kernels" / "cuda")
+    monkeypatch.setattr(sources, "SHARED", source / "nowhere")
+    files = {step.source for steps in KERNELS.values() for step in steps}
+    texts = {name: sources.source.__wrapped__(name) for name in files}
+    assert len(texts) == 5
+    assert all("INLINE real gelu(real u)" in text and '#include "' not in text for text in texts.values())
+    monkeypatch.undo()
+    assert texts == {name: sources.source(name) for name in files}
+    with pytest.raises(BackendError, match=r"nothing\.h.*Reinstall"):
+        sources.find("nothing.h")

@@ -77,7 +77,7 @@ def _outputs(
         raise _unlike(path, f"one that {name} can run", str(error)[:300]) from error
     if logits.shape != shape:
         raise _unlike(path, f"one with logits of shape {shape}", f"shape {logits.shape}")
-    followed = abs(F.softmax(logits) - probabilities).max() <= TOLERANCE
+    followed = abs(F.of_host(F.softmax, logits) - probabilities).max() <= TOLERANCE
     if not followed or not np.array_equal(label, logits.argmax(axis=1)):
         expected = "one whose probabilities and labels follow from the logits"
         raise _unlike(path, expected, f"others, by {name}")

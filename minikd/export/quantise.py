@@ -221,7 +221,7 @@ class Quantised:
 
     def predict_proba(self, x: Any) -> np.ndarray:
         """Class probabilities (n, c) of raw features (n, k)."""
-        return np.asarray(F.softmax(self.logits(x)))
+        return np.asarray(F.of_host(F.softmax, self.logits(x)))
 
 
 # --- integers ---
@@ -334,13 +334,13 @@ def _flows(network: Network, rows: np.ndarray) -> list[_Flow]:
     found: list[_Flow] = []
     for number, layer in enumerate(network.layers):
         with np.errstate(over="ignore", invalid="ignore"):
-            product = np.asarray(F.linear(rows, layer.weight, layer.bias))
+            product = np.asarray(F.of_host(F.linear, rows, layer.weight, layer.bias))
         if not np.isfinite(product).all():
             fix = "Look for NaN and infinity in the features, and for weights that have diverged."
             expected = "finite for all rows of the calibration"
             got = "NaN or infinity"
             raise ArgumentError("quantise", f"the output of layer {number}", expected=expected, got=got, fix=fix)
-        rows = np.asarray(getattr(F, layer.activation)(product)) if layer.activation else product
+        rows = np.asarray(F.of_host(getattr(F, layer.activation), product)) if layer.activation else product
         found.append(_Flow(product, rows))
     return found
 
@@ -400,7 +400,7 @@ def _table(activation: str, product: Affine, output: Affine) -> np.ndarray | Non
     if activation not in BENDS:
         return None
     every = product.scale * (np.arange(LOWEST, HIGHEST + 1) - product.zero).astype(np.float64)
-    return output.quantise(getattr(F, activation)(every))
+    return output.quantise(F.of_host(getattr(F, activation), every))
 
 
 def _weight_scale(layer: Layer, source: Affine) -> np.ndarray:

@@ -17,8 +17,21 @@ import numpy as np
 
 from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError
 from minikd.kernels import composed
+from minikd.kernels.arrays import (
+    HOST_KINDS,
+    cupy_missing,
+    here,
+    host_number,
+    is_writable,
+    load_cupy,
+    misplaced,
+    module_of,
+    on_device,
+    taken_in,
+)
 from minikd.kernels.launch import Call, Launch, Launcher, Memo, as_arrays, binding_anew, look_of
-from minikd.kernels.recording import LAYOUT, anybody_records, recorder, traced
+from minikd.kernels.precision import FULL, MANTISSA, Multiply, emulated
+from minikd.kernels.recording import LAYOUT, anybody_records, plain, recorder, traced
 from minikd.kernels.reference import bind_reference
 from minikd.ops import OPS, Argument, Op, Shape
 from minikd.ops.op import KINDS
@@ -31,12 +44,14 @@ class Backend:
     """Where a backend's kernels are: a module with `unavailable()`, `NAMES` and `binder(name)`.
 
     A module whose calls can be given other buffers also has `launcher(name)`, which takes buffers and attributes and
-    makes a `Launch`. `requires` is the distribution that is looked for without importing it.
+    makes a `Launch`. `requires` is the package that is looked for without importing it, and `extra` what installs it.
+    `on_host` : whether its arrays are NumPy's; only such a backend is the default where nobody asks for one.
     """
 
     module: str
     requires: str
     extra: str
+    on_host: bool = True
 
     def missing(self) -> str:
         """Why this backend cannot run here, or an empty text if it can."""
@@ -45,11 +60,13 @@ class Backend:
         return str(importlib.import_module(self.module).unavailable())
 
 
-# In the order in which the default is chosen. A new backend is one line here and one module.
+# In the order in which the default is chosen. A new backend is one line here and one module. Only "cupy" computes
+# elsewhere than in NumPy's arrays, so it is used where somebody asks for it.
 BACKENDS: dict[str, Backend] = {
     "c": Backend("minikd.kernels.native", "", ""),
     "numba": Backend("minikd.kernels.jit", "numba", "numba"),
     "numpy": Backend("minikd.kernels.reference", "", ""),
+    "cupy": Backend("minikd.kernels.cuda", "cupy", "cupy", on_host=False),
 }
 
 
@@ -79,10 +96,15 @@ class _InUse:
     It is replaced as a whole, so that a thread that is under way with the backend before adds nothing to this one.
     """
 
-    __slots__ = ("launchers", "launches", "name", "prepared")
+    __slots__ = ("array", "empty", "launchers", "launches", "multiply", "name", "precision", "prepared", "xp")
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, precision: str = FULL) -> None:
+        module = importlib.import_module(BACKENDS[name].module)
+        self.name, self.precision = name, precision
+        self.multiply: Multiply = getattr(module, "multiplier", emulated)(precision)
+        self.xp: Any = load_cupy() if name == "cupy" else np  # its array module, and what it makes arrays with
+        self.array: Any = self.xp.ndarray
+        self.empty: Any = self.xp.empty
         self.launchers: dict[str, Launcher] = {}
         self.launches = Memo()  # by kernel, attributes and the look of all its buffers
         self.prepared = Memo()  # by operation, attributes and the look of its inputs
@@ -94,10 +116,10 @@ class _InUse:
             module = importlib.import_module(BACKENDS[self.name].module)
             if name in module.NAMES:
                 found = module.launcher(name) if hasattr(module, "launcher") else binding_anew(module.binder(name))
-            elif name in composed.KERNELS:
-                found = binding_anew(composed.binder(name, self.run))
+            elif name in composed.KERNELS or (name in composed.PRODUCTS and self._rounds):
+                found = composed.launcher(name, self)
             else:
-                found = binding_anew(bind_reference(name))
+                found = binding_anew(bind_reference(name, self.xp))
             self.launchers[name] = found
         return found
 
@@ -110,6 +132,15 @@ class _InUse:
             launch = self.launcher(name)(buffers, attrs)
             self.launches.remember(look, launch)
         return launch
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether products are not those of the formulas."""
+        return self.xp is not np or self.precision != FULL
+
+    def bind(self, name: str, *buffers: Any, **attrs: Any) -> Call:
+        """A call that runs a kernel on these buffers each time."""
+        return self.launch(name, buffers, _complete(name, attrs)).bind(*buffers)
 
     def run(self, name: str, *buffers: Any, **attrs: Any) -> None:
         """Run a kernel once on these buffers."""
@@ -125,7 +156,10 @@ _in_use: list[_InUse] = []  # one, once a backend was chosen
 
 
 def use_backend(name: str) -> None:
-    """Compute with this backend from now on: "c", "numba" or "numpy".
+    """Compute with this backend from now on: "c", "numba" or "numpy", or "cupy" on the current GPU.
+
+    Models and tensors stay where they are: on "cupy" those that were made before are moved with `to("cupy")`. Matrix
+    products are computed in float32 again (see `matmul_precision`).
 
     Raises
     ------
@@ -133,12 +167,17 @@ def use_backend(name: str) -> None:
     """
     if name not in BACKENDS:
         raise BackendError("use_backend", "name", expected="one of " + ", ".join(BACKENDS), got=repr(name))
-    reason = BACKENDS[name].missing()
+    reason = BACKENDS[name].missing() or ("" if BACKENDS[name].on_host else cupy_missing())
     if reason:
         usable = [n for n in BACKENDS if not BACKENDS[n].missing()]
         expected = f"a backend that runs here ({', '.join(usable)})"
         raise BackendError("use_backend", "name", expected=expected, got=repr(name), fix=f"Reason: {reason}.")
-    _in_use[:] = [_InUse(name)]
+    _compute_with(_InUse(name))
+
+
+def _compute_with(used: _InUse) -> None:
+    _in_use[:] = [used]
+    here.change(used.xp)
     LAYOUT.changed()
 
 
@@ -153,6 +192,73 @@ def current_backend() -> str:
     return _current().name
 
 
+class Precision:
+    """How exactly matrix products are computed; as a context manager it puts back what was before at its end.
+
+    Attributes
+    ----------
+    name : "float32", "tf32" or "bfloat16".
+    """
+
+    def __init__(self, chosen: _InUse, before: _InUse) -> None:
+        self.name = chosen.precision
+        self._chosen, self._before = chosen, before
+
+    def __enter__(self) -> Precision:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if _in_use[0] is self._chosen:  # and no other backend was chosen meanwhile
+            _compute_with(self._before)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"<precision of matrix products: {self.name}>"
+
+
+def matmul_precision(precision: str | None = None) -> Precision:
+    """How exactly matrix products are computed; with a precision, compute them so from now on.
+
+    Parameters
+    ----------
+    precision : "float32"; "tf32" or "bfloat16" round the factors of each product to 10 or 7 bits behind the leading
+        one, as tensor cores do, and add up in float32; or None to change nothing.
+        ``with matmul_precision("bfloat16"): …`` changes it for a while.
+
+    Weights, gradients, losses and all other operations stay float32, and float64 is never rounded; a product within an
+    objective, of the rows that it compares, is a product like any other. A product of random
+    matrices is off by some 3e-4 ("tf32") or 2.4e-3 ("bfloat16") of its size, in float32 by 3e-7; at most by 2⁻¹⁰ or 2⁻⁷
+    of the sum of |a·b|. "cupy" computes so on cards of compute capability 8.0 and above, "numpy" imitates it, to find
+    out what a training makes of it; the other backends compute in float32 only. `use_backend` goes back to "float32".
+
+    Raises
+    ------
+    ArgumentError : no such precision.  BackendError : the backend in use, or the GPU, has no such products.
+    """
+    before = _current()
+    if precision is None or precision == before.precision:
+        return Precision(before, before)
+    if precision not in MANTISSA:
+        expected = "one of " + ", ".join(MANTISSA)
+        raise ArgumentError("matmul_precision", "precision", expected=expected, got=repr(precision))
+    module = importlib.import_module(BACKENDS[before.name].module)
+    possible = getattr(module, "PRECISIONS", (FULL,))
+    if precision not in possible:
+        expected, fix = f"{', '.join(possible)} on the backend {before.name!r}", "Call use_backend('cupy') before."
+        raise BackendError("matmul_precision", "precision", expected=expected, got=repr(precision), fix=fix)
+    chosen = _InUse(before.name, precision)
+    _compute_with(chosen)
+    return Precision(chosen, before)
+
+
+def product_eps(dtype: Any) -> float:
+    """The distance from 1 to the next number that a factor of a product in this dtype may be, as precision is now."""
+    eps = float(np.finfo(dtype).eps)
+    return eps * 2.0 ** (MANTISSA[FULL] - MANTISSA[_current().precision]) if dtype == np.float32 else eps
+
+
 def _current() -> _InUse:
     if not _in_use:
         _choose_first()
@@ -164,7 +270,8 @@ def _choose_first() -> None:
     if not wanted:
         if any(os.environ.get("MINIKD_" + what) for what in ("CPU", "NUM_THREADS", "PRODUCTS")):
             importlib.import_module(BACKENDS["c"].module).heed_environment()  # never silently slower than was asked for
-        use_backend(next(name for name in BACKENDS if not BACKENDS[name].missing()))
+        ready = (name for name, backend in BACKENDS.items() if backend.on_host and not backend.missing())
+        use_backend(next(ready))
         return
     try:
         use_backend(wanted)
@@ -182,10 +289,15 @@ def backends() -> dict[str, BackendStatus]:
     found = {}
     for name, backend in BACKENDS.items():
         reason = backend.missing()
-        fast = set() if reason else set(importlib.import_module(backend.module).NAMES) | set(composed.KERNELS)
+        fast = set() if reason else _fast(importlib.import_module(backend.module))
         fallbacks = () if reason or name == "numpy" else tuple(k for k in kernel_names() if k not in fast)
         found[name] = BackendStatus(not reason, name == current, reason, fallbacks)
     return found
+
+
+def _fast(module: Any) -> set[str]:
+    """The kernels that a backend does not take from the reference."""
+    return {*module.NAMES, *composed.KERNELS, *(composed.PRODUCTS if hasattr(module, "multiplier") else ())}
 
 
 def bind(name: str, *buffers: Any, **attrs: Any) -> Call:
@@ -202,7 +314,7 @@ def bind(name: str, *buffers: Any, **attrs: Any) -> Call:
     ------
     DTypeError, ShapeError : a buffer is not what the signature says.
     """
-    return _current().launch(name, buffers, _complete(name, attrs)).bind(*buffers)
+    return _current().bind(name, *buffers, **attrs)
 
 
 def join(calls: Sequence[Call]) -> list[Call]:
@@ -260,12 +372,21 @@ def _check(op: Op, arguments: Sequence[Argument], buffers: Sequence[Any], writte
             dtype = real = buffer.dtype if buffer.dtype in FLOATS else FLOATS[0]
         if buffer.dtype != dtype:
             raise DTypeError(op.name, argument.name, expected=f"an array of {dtype}", got=str(buffer.dtype))
-        if argument.role in written and not buffer.flags.writeable:
+        refuse_elsewhere(op.name, argument, buffer)
+        if argument.role in written and not is_writable(buffer):
             raise ShapeError(op.name, argument.name, expected="writable", got="a read-only array")
         if not buffer.flags.c_contiguous:
             raise ShapeError(op.name, argument.name, expected="C-contiguous", got=f"strides {buffer.strides}")
         shapes.append(buffer.shape)
     return shapes
+
+
+def refuse_elsewhere(where: str, argument: Argument, buffer: Any) -> None:
+    """Refuse a buffer that does not lie where the backend computes, or a number that does not lie on the host."""
+    if argument.kind in HOST_KINDS:
+        host_number(where, argument.name, buffer)
+    elif not isinstance(buffer, _current().array):
+        raise misplaced(where, argument.name, buffer)
 
 
 # --- running one operation eagerly ---
@@ -276,14 +397,20 @@ def input_arguments(op: Op, count: int) -> Sequence[Argument]:
     return [op.inputs[0]] * count if op.variadic else op.inputs
 
 
+def as_array(value: Any) -> Any:
+    """`value` as an array: of CuPy as it is, anything else as NumPy makes one of it."""
+    on_host = isinstance(value, np.ndarray) or not on_device(value)
+    return np.asarray(value) if on_host else plain(value)
+
+
 def as_real(where: str, argument: str, value: Any, other: Any = np.float32) -> Any:
-    """`value` as a float32 or float64 array; float16, integers and booleans become `other`.
+    """`value` as a float32 or float64 array; float16, integers and booleans become `other`. Arrays stay where they are.
 
     Raises
     ------
     DTypeError : any other dtype (complex, object, text).
     """
-    array = np.asarray(value)
+    array = as_array(value)
     if array.dtype in FLOATS:
         return array
     native = array.dtype.newbyteorder("=")
@@ -298,19 +425,19 @@ def as_real(where: str, argument: str, value: Any, other: Any = np.float32) -> A
 
 
 def as_index(where: str, argument: str, value: Any) -> Any:
-    """`value` as an int64 array; any integer dtype is accepted."""
-    array = np.asarray(value)
+    """`value` as an int64 array; any integer dtype is accepted. Arrays stay where they are."""
+    array = as_array(value)
     if array.dtype.kind not in "iu":
         fix = "Class ids are whole numbers; convert them with .astype(int)."
         raise DTypeError(where, argument, expected="an array of integers", got=str(array.dtype), fix=fix)
     if array.dtype.itemsize == 8 and array.dtype.kind == "u":  # what int64 cannot hold stays too large, and is refused
-        array = np.minimum(array, np.uint64(np.iinfo(np.int64).max))
+        array = module_of(array).minimum(array, np.uint64(np.iinfo(np.int64).max))
     return array.astype(np.int64, copy=False)
 
 
 def as_bytes(where: str, argument: str, value: Any) -> Any:
     """`value` as a uint8 array; no other dtype is accepted, because a conversion would change numbers silently."""
-    array = np.asarray(value)
+    array = as_array(value)
     if array.dtype != np.uint8:
         raise DTypeError(where, argument, expected="an array of uint8", got=str(array.dtype))
     return array
@@ -325,6 +452,17 @@ _CONVERT: dict[str, Callable[[str, str, Any], Any]] = {
 }
 
 
+def operand(where: str, argument: str, value: Any, real: Any) -> Any:
+    """`value` as a C-contiguous array of the dtype `real` where the backend computes; numbers are copied there.
+
+    Raises
+    ------
+    DTypeError : complex numbers, objects, text.  BackendError : an array that lies elsewhere.
+    """
+    array = as_real(where, argument, value, real).astype(real, order="C", copy=False)
+    return taken_in(where, argument, value, array)
+
+
 def prepare(op: Op, inputs: Sequence[Any], real: np.dtype[Any] | None = None) -> tuple[list[Any], np.dtype[Any]]:
     """The inputs as contiguous arrays of the kinds that the signature names, and the operation's real dtype.
 
@@ -334,17 +472,23 @@ def prepare(op: Op, inputs: Sequence[Any], real: np.dtype[Any] | None = None) ->
     if real is None:
         real = _deciding_dtype(op, arguments, inputs)
     arrays: list[Any] = []
+    own = here.array
     for argument, value in zip(arguments, inputs, strict=True):
         wanted = KINDS[argument.kind] or real
-        if value is None or (type(value) is np.ndarray and value.dtype == wanted and value.flags.c_contiguous):
+        as_it_is = type(value) is own and value.dtype == wanted and value.flags.c_contiguous
+        if value is None or (as_it_is and (own is np.ndarray or argument.kind not in HOST_KINDS)):
             arrays.append(value)
         elif type(value) is float and argument.kind == "scalar":
             arrays.append(value)  # launches take it as it is
         elif argument.kind == "real":
-            array = as_real(op.name, argument.name, value, real)
-            arrays.append(array.astype(real, order="C", copy=False))
-        else:
+            arrays.append(operand(op.name, argument.name, value, real))
+        elif argument.kind in HOST_KINDS:
+            host_number(op.name, argument.name, value)
             arrays.append(np.asarray(_CONVERT[argument.kind](op.name, argument.name, value), order="C"))
+        else:
+            array = _CONVERT[argument.kind](op.name, argument.name, value)
+            array = taken_in(op.name, argument.name, value, array)
+            arrays.append(array if array.flags.c_contiguous else here.xp.ascontiguousarray(array))
     writing = recorder()
     if writing is not None:
         for argument, value, array in zip(arguments, inputs, arrays, strict=True):
@@ -370,22 +514,23 @@ class Prepared:
     save : False leaves out the saved values that are optional, and with them their work.
     """
 
-    __slots__ = ("attrs", "launch", "name", "real", "written")
+    __slots__ = ("attrs", "empty", "launch", "name", "real", "written")
 
     def __init__(
         self, op: Op, inputs: Sequence[Any], attrs: dict[str, Any], save: bool, real: np.dtype[Any], used: _InUse
     ) -> None:
         self.name, self.attrs = op.name, attrs
-        outs, saved = op.infer([None if x is None else np.shape(x) for x in inputs], attrs)
+        self.empty = np.empty if all(a.kind in HOST_KINDS for a in op.outs) else used.empty
+        outs, saved = op.infer([None if x is None else getattr(x, "shape", ()) for x in inputs], attrs)
         kept = [s if save or not a.optional else None for a, s in zip(op.saved, saved, strict=True)]
         declared = zip((*op.outs, *op.saved), (*outs, *kept), strict=True)
         self.real, self.written = real, [None if s is None else (s, KINDS[a.kind] or real) for a, s in declared]
-        written = [None if w is None else np.empty(*w) for w in self.written]
+        written = [None if w is None else self.empty(*w) for w in self.written]
         self.launch = used.launch(op.name, (*written, *inputs), attrs)
 
     def run(self, inputs: Sequence[Any], gradient: Any = None) -> list[Any]:
         """The outputs and behind them the saved values; `gradient` is an array for the last, if not a fresh one."""
-        empty = np.empty
+        empty = self.empty
         fresh = self.written if gradient is None else self.written[:-1]
         written = [None if w is None else empty(*w) for w in fresh]
         if gradient is not None:
@@ -407,9 +552,9 @@ def recall(name: str, inputs: Sequence[Any], attrs: dict[str, Any], save: bool =
     Inputs of such a look went through all checks before; what is left to check are values. `attrs` are all attributes,
     in the order of the table.
     """
-    if type(inputs[0]) is not np.ndarray or (anybody_records and recorder() is not None):
-        return None  # what is recorded goes the long way, on which results are traced
     used = _in_use[0] if _in_use else _current()
+    if type(inputs[0]) is not used.array or (anybody_records and recorder() is not None):
+        return None  # what is recorded goes the long way, on which results are traced
     found: Prepared | None = used.prepared.recall((name, save, *attrs.values(), *look_of(inputs)))
     return found
 

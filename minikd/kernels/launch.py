@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from minikd.kernels.arrays import on_device
+
 Call = Callable[[], None]
 Binder = Callable[..., Call]
 
@@ -59,6 +61,7 @@ def as_arrays(buffers: Sequence[Any]) -> list[Any]:
 
 # The bits of an array's flags that are checked: C-contiguous and writable.
 CHECKED_FLAGS = 0x0001 | 0x0400
+_NO_ARRAYS = frozenset({float, int, type(None)})
 
 
 def look_of(values: Sequence[Any]) -> list[Any]:
@@ -67,11 +70,18 @@ def look_of(values: Sequence[Any]) -> list[Any]:
     return [
         (x.shape, x.dtype, x.flags.num & CHECKED_FLAGS)
         if type(x) is plain
-        else (type(x), x.shape, x.dtype, x.flags.num & CHECKED_FLAGS)
-        if isinstance(x, plain)
         else type(x)
+        if type(x) in _NO_ARRAYS
+        else _look_of_another(x)
         for x in values
     ]
+
+
+def _look_of_another(x: Any) -> Any:
+    """The look of an array that is not quite NumPy's own, or the type of anything else."""
+    if isinstance(x, np.ndarray):
+        return (type(x), x.shape, x.dtype, x.flags.num & CHECKED_FLAGS)
+    return (type(x), x.shape, x.dtype, x.flags.c_contiguous) if on_device(x) else type(x)
 
 
 MOST_REMEMBERED = 4096

@@ -13,12 +13,14 @@ import linecache
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minikd.errors import PlanError
+from minikd.kernels.arrays import address, is_array, module_of, owner_of, to_host
 from minikd.ops import OPS
 
 PACKAGE = str(Path(__file__).parents[1])
@@ -26,17 +28,6 @@ PACKAGE = str(Path(__file__).parents[1])
 # --- where memory is from ---
 
 ARGUMENT, MADE, KEPT, CONSTANT, NUMBER = "argument", "made", "kept", "constant", "number"
-
-
-def owner_of(array: Any) -> Any:
-    """The array whose memory this one looks at."""
-    while isinstance(array.base, np.ndarray):
-        array = array.base
-    return array
-
-
-def address(array: Any) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 class Buffer(NamedTuple):
@@ -139,7 +130,7 @@ class Recorder:
         self.calls.append(Recorded(name, dict(attrs), places, user_line()))
         _state.recorder = None
         try:
-            launch.run(*buffers)
+            launch.run(*map(plain, buffers))
         finally:
             _state.recorder = self
 
@@ -157,7 +148,7 @@ class Recorder:
             return
         if isinstance(value, bool | int | float | np.generic):
             self.constant(array)
-        elif isinstance(value, np.ndarray) and owner_of(value) is not owner_of(array):
+        elif is_array(value) and owner_of(value) is not owner_of(array):
             got = f"{argument} converted from {value.dtype} to {array.dtype}, or made contiguous,"
             self.refuse(got, f"Give it as a contiguous array of {array.dtype}.")
 
@@ -228,7 +219,7 @@ def content_of(buffer: Buffer | None, storages: Sequence[Storage]) -> Any:
     if buffer is None or buffer.value is not None:
         return buffer
     kind, owner = storages[buffer.storage]
-    which = id(owner) if kind == KEPT else owner.tobytes() if kind == CONSTANT else buffer.storage
+    which = id(owner) if kind == KEPT else to_host(owner).tobytes() if kind == CONSTANT else buffer.storage
     return (kind, which, *buffer[1:])
 
 
@@ -320,78 +311,119 @@ LAYOUT = Layout()
 # --- arrays whose values are not known yet ---
 
 # What may be asked of such an array: how it looks, and views of it.
-_ALLOWED = {"shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "flags", "base", "reshape", "view", "T"}
+_LOOKED_AT = ("shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "flags")
+_ALLOWED = frozenset({*_LOOKED_AT, "base", "origin", "reshape", "view", "T"})
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+_OPERATORS = (
+    *(f"__{before}{name}__" for name in _BINARY for before in ("", "r", "i")),
+    *(f"__{name}__" for name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert")),
+)
+_ON_DEVICE = frozenset({"data", "device"})  # an address, which shows no value
 _ELSEWHERE = "Compute it before the step and give it as an argument, or use minikd.functional."
 
 
-class Traced(np.ndarray):
-    """An argument of a step that is being recorded, or what an operation made of one.
+class Unread:
+    """What the types of arrays whose values are not known yet have in common."""
 
-    Operations take it like any array. Reading its values, or computing with it in NumPy, would bake this run's numbers
-    into the plan, so both are refused.
-    """
+    __slots__ = ()
+    origin: type  # the type of array that this is one of
+    view: Any
 
-    def __getattribute__(self, name: str) -> Any:
-        if name not in _ALLOWED and not name.startswith("__"):
-            _refuse_values(f"array.{name}")
-        return super().__getattribute__(name)
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        _refuse_values(f"numpy.{ufunc.__name__} of an array")
-        if "out" in options:
-            options["out"] = tuple(plain(x) for x in options["out"])
-        return getattr(ufunc, method)(*(plain(x) for x in inputs), **options)
+def _traced_type(array: Any) -> Any:
+    """The type of such arrays of NumPy, or of CuPy."""
+    allowed = _ALLOWED if array is np.ndarray else _ALLOWED | _ON_DEVICE
 
-    def __array_function__(self, function: Any, types: Any, args: Any, options: Any) -> Any:
-        if function in _LOOKS:
-            return function(*(plain(x) for x in args), **options)
-        _refuse_values(f"numpy.{function.__name__} of an array")
-        return super().__array_function__(function, types, args, options)
+    class Traced(Unread, array):
+        """An argument of a step that is being recorded, or what an operation made of one.
 
-    def __getitem__(self, key: Any) -> Any:
-        if not _is_slice(key):
-            _refuse_values("indexing an array")
-        return super().__getitem__(key)
+        Operations take it like any array. Reading its values, or computing with it in NumPy or CuPy, would bake this
+        run's numbers into the plan, so both are refused. CuPy's functions cannot be refused: what they make shows as a
+        difference between two recordings.
+        """
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        _refuse_values("writing into an array")
-        super().__setitem__(key, value)
+        origin = array
 
-    def __iter__(self) -> Any:
-        _refuse_values("going through an array")
-        return iter(plain(self))
+        def __getattribute__(self, name: str) -> Any:
+            if name not in allowed and not name.startswith("_"):
+                _refuse_values(f"array.{name}")
+            return super().__getattribute__(name)
 
-    def __float__(self) -> float:
-        _refuse_values("float() of an array")
-        return float(plain(self))
+        def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+            _refuse_values(f"numpy.{ufunc.__name__} of an array")
+            if "out" in options:
+                options["out"] = tuple(plain(x) for x in options["out"])
+            return getattr(ufunc, method)(*(plain(x) for x in inputs), **options)
 
-    def __int__(self) -> int:
-        _refuse_values("int() of an array")
-        return int(plain(self))
+        def __array_function__(self, function: Any, types: Any, args: Any, options: Any) -> Any:
+            if function in _LOOKS:
+                return function(*(plain(x) for x in args), **options)
+            _refuse_values(f"numpy.{function.__name__} of an array")
+            return super().__array_function__(function, types, args, options)
 
-    def __complex__(self) -> complex:
-        _refuse_values("complex() of an array")
-        return complex(plain(self))
+        def __getitem__(self, key: Any) -> Any:
+            if not _is_slice(key):
+                _refuse_values("indexing an array")
+            return super().__getitem__(key)
 
-    def __round__(self, digits: int | None = None) -> Any:
-        _refuse_values("round() of an array")
-        return round(plain(self)[()], digits)
+        def __setitem__(self, key: Any, value: Any) -> None:
+            _refuse_values("writing into an array")
+            super().__setitem__(key, value)
 
-    def __index__(self) -> int:
-        _refuse_values("an array as an index")
-        return int(plain(self))
+        def __iter__(self) -> Any:
+            _refuse_values("going through an array")
+            return iter(plain(self))
 
-    def __bool__(self) -> bool:
-        _refuse_values("the truth of an array")
-        return bool(plain(self))
+        def __float__(self) -> float:
+            _refuse_values("float() of an array")
+            return float(plain(self))
 
-    def __repr__(self) -> str:
-        return f"an array of shape {self.shape} and {self.dtype} in a step that is being recorded"
+        def __int__(self) -> int:
+            _refuse_values("int() of an array")
+            return int(plain(self))
 
-    __str__ = __repr__
+        def __complex__(self) -> complex:
+            _refuse_values("complex() of an array")
+            return complex(plain(self))
 
-    def __format__(self, specification: str) -> str:
-        return repr(self)
+        def __round__(self, digits: int | None = None) -> Any:
+            _refuse_values("round() of an array")
+            return round(plain(self)[()], digits)
+
+        def __index__(self) -> int:
+            _refuse_values("an array as an index")
+            return int(plain(self))
+
+        def __bool__(self) -> bool:
+            _refuse_values("the truth of an array")
+            return bool(plain(self))
+
+        def __repr__(self) -> str:
+            return f"an array of shape {self.shape} and {self.dtype} in a step that is being recorded"
+
+        __str__ = __repr__
+
+        def __format__(self, specification: str) -> str:
+            return repr(self)
+
+    if array is not np.ndarray:  # which hands its operators to __array_ufunc__; CuPy's do not always
+        for name in filter(partial(hasattr, array), _OPERATORS):
+            setattr(Traced, name, _refusing(name, getattr(array, name)))
+    return Traced
+
+
+def _refusing(name: str, operate: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator of CuPy's arrays that is refused while a step is recorded."""
+
+    def refusing(*operands: Any) -> Any:
+        _refuse_values(f"{name} of an array")
+        return operate(*map(plain, operands))
+
+    return refusing
+
+
+Traced = _traced_type(np.ndarray)
+_types: dict[type, Any] = {np.ndarray: Traced}
 
 
 _LOOKS = frozenset({np.shape, np.ndim, np.size, np.may_share_memory, np.shares_memory, np.empty_like})
@@ -409,9 +441,17 @@ def _refuse_values(got: str) -> None:
 
 def plain(value: Any) -> Any:
     """A traced array as an ordinary one on the same memory; anything else as it is."""
-    return value.view(np.ndarray) if isinstance(value, Traced) else value
+    return value.view(value.origin) if isinstance(value, Unread) else value
+
+
+def as_traced(array: Any) -> Any:
+    """The same memory as an array whose values nobody may read while a step is recorded."""
+    kind = module_of(array).ndarray
+    if kind not in _types:
+        _types[kind] = _traced_type(kind)
+    return array.view(_types[kind])
 
 
 def traced(array: Any) -> Any:
     """What an array function returns: while a step is recorded, nobody shall read it."""
-    return array.view(Traced) if anybody_records and _state.recorder is not None else array
+    return as_traced(array) if anybody_records and _state.recorder is not None else array

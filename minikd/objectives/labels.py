@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from minikd import functional as F
+from minikd.kernels.arrays import here
 from minikd.kernels.recording import note_constant
 from minikd.objectives.objective import IGNORED, Batch, Term, constant
 
@@ -44,7 +45,7 @@ class HardLabels(Term):
     def value(self, batch: Batch) -> Any:
         logits = batch.student_logits
         given = self.class_weights
-        weight = None if given is None else note_constant(np.array(given, logits.dtype))
+        weight = None if given is None else note_constant(here.put(np.array(given, logits.dtype)))
         return F.cross_entropy(
             logits, batch.target, weight=weight, ignore_index=IGNORED, label_smoothing=self.label_smoothing
         )
@@ -151,7 +152,7 @@ class SoftCrossEntropy(Softened):
             scale_t2=self.scale_t2,
         )
         q = constant(F.softmax(batch.teacher_logits, temperature=self.temperature))
-        zeros = note_constant(np.zeros(q.shape, q.dtype))
+        zeros = note_constant(here.xp.zeros(q.shape, q.dtype))
         negative_entropy = F.kl_div(zeros, q)  # Σ q·log q, which is exactly 0 where q is
         return divergence - self.scaled(negative_entropy)
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from minikd import functional as F
+from minikd.kernels import product_eps
+from minikd.kernels.arrays import here
 from minikd.kernels.recording import note_constant
 from minikd.objectives.labels import Softened
 from minikd.objectives.objective import Batch, Term, constant
@@ -154,14 +156,14 @@ def _squared_distances(x: Tensor) -> Tensor:
     x = x - x.mean(axis=0, keepdims=True)
     lengths = (x * x).sum(axis=1, keepdims=True)
     squares = lengths + lengths.T - (x @ x.T) * 2.0
-    floor = squares.mean() * float(ROUNDING * np.finfo(x.dtype).eps) + SMALLEST_SQUARED_DISTANCE
+    rounding = max(ROUNDING * float(np.finfo(x.dtype).eps), product_eps(x.dtype))  # which may be of fewer digits
+    floor = squares.mean() * rounding + SMALLEST_SQUARED_DISTANCE
     return squares.maximum(floor)
 
 
-def _apart(x: Tensor) -> np.ndarray:
+def _apart(x: Tensor) -> Any:
     """1 for each pair of different rows and 0 for a row with itself."""
-    apart: np.ndarray = note_constant(1 - np.eye(x.shape[0], dtype=x.dtype))
-    return apart
+    return note_constant(1 - here.xp.eye(x.shape[0], dtype=x.dtype))
 
 
 def _huber(difference: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from minikd import functional as F
 from minikd.errors import ArgumentError
+from minikd.kernels.arrays import here
 from minikd.kernels.recording import note_constant
 from minikd.objectives.labels import Softened
 from minikd.objectives.objective import IGNORED, Batch, Term, constant
@@ -122,7 +121,7 @@ class TeacherFree(Term):
         smoothing = min(1.0, classes * others)
         known = F.cross_entropy(softened, batch.target, ignore_index=IGNORED, label_smoothing=smoothing)
         # The same of a student that knows nothing is log c, or 0 where no row has a label; H(q) is a share of it.
-        zeros = constant(note_constant(np.zeros(batch.student_logits.shape, batch.student_logits.dtype)))
+        zeros = constant(note_constant(here.xp.zeros(batch.student_logits.shape, batch.student_logits.dtype)))
         nothing = F.cross_entropy(zeros, batch.target, ignore_index=IGNORED)
         divergence = known - nothing * (_entropy(one, others, classes) / (math.log(classes) or 1.0))
         return divergence * float(self.temperature) ** 2 if self.scale_t2 else divergence

@@ -13,6 +13,7 @@ import numpy as np
 
 from minikd.ops.losses import (
     LARGEST_TEMPERATURE,
+    known,
     labelled_rows,
     loss_shape,
     reduce_rows,
@@ -41,11 +42,11 @@ def _temperature(where: str, temperature: Any, scale_t2: bool) -> _Temperature:
     return _Temperature(inverse, t * t, t) if scale_t2 else _Temperature(inverse, 1.0, inverse)
 
 
-def _write(loss: Any, gradient: Any, rows: Any, dz: Any, divisor: Any, reduction: str) -> None:
+def _write(xp: Any, loss: Any, gradient: Any, rows: Any, dz: Any, divisor: Any, reduction: str) -> None:
     """The reduced loss and its gradient, of row losses and their gradients."""
-    reduce_rows(loss, rows, divisor, reduction)
+    reduce_rows(xp, loss, rows, divisor, reduction)
     if gradient is not None:
-        gradient[...] = dz * row_scale(divisor, reduction)
+        gradient[...] = dz * row_scale(xp, divisor, reduction)
 
 
 def _pairs(rng: np.random.Generator, dtype: Any, least: int = 1) -> list[tuple[Any, Any, float]]:
@@ -144,7 +145,7 @@ def _mixed(
 ) -> None:
     t = _temperature(where, temperature, scale_t2)
     rows, dz = _mixed_rows(xp, mix, student_logits, teacher_logits, t.inverse)
-    _write(loss, gradient, t.loss * rows, t.gradient * dz, len(rows), reduction)
+    _write(xp, loss, gradient, t.loss * rows, t.gradient * dz, len(rows), reduction)
 
 
 def _reverse_kl(
@@ -288,7 +289,8 @@ def _against_others(xp: Any, z: Any, hot: Any, inverse_t: float) -> tuple[Any, A
 
     That is z_y/T - log Σ exp(z_j/T) over the others, the logit of a choice between two.
     """
-    own, others = wide(xp, z)[hot], xp.where(hot, -xp.inf, wide(xp, z))
+    own = xp.where(hot, wide(xp, z), -xp.inf).max(axis=1)
+    others = xp.where(hot, -xp.inf, wide(xp, z))
     p, log_p = softened(xp, others, inverse_t)
     logit = (own - others.max(axis=1)) * inverse_t + log_p.max(axis=1)
     return p, log_p, xp.where(own == xp.inf, xp.nan, logit)
@@ -331,11 +333,11 @@ def _decoupled_kd(
     own, difference_2 = relative_entropy(xp, p_2, q_2, log_p_2 - log_q_2)
     move = weighted(xp, alpha, difference_2[:, :1])
 
-    rows = t.loss * (weighted(xp, alpha, own) + weighted(xp, beta, others))
+    rows = known(xp, target, c, t.loss) * (weighted(xp, alpha, own) + weighted(xp, beta, others))
     dz = t.gradient * xp.where(hot, move, weighted(xp, beta, difference) - move * p)
     broken = xp.isnan(rows)[:, None]
     dz = xp.where(labelled[:, None], xp.where(broken, xp.nan, dz), 0.0)
-    _write(loss, gradient, xp.where(labelled, rows, 0.0), dz, labelled.sum(), reduction)
+    _write(xp, loss, gradient, xp.where(labelled, rows, 0.0), dz, labelled.sum(), reduction)
 
 
 def _decoupled_example(rng: np.random.Generator, dtype: Any) -> list[Example]:
@@ -414,7 +416,7 @@ def _standardised_kl(
     spread = (z.shape[1] - 1) * deviation * factor
     along = xp.sum(g * z, axis=1, keepdims=True) / xp.where(spread == 0, 1.0, spread)
     dz = factor * (g - g.mean(axis=1, keepdims=True) - along * z)
-    _write(loss, gradient, t.loss * rows, t.gradient * dz, len(rows), reduction)
+    _write(xp, loss, gradient, t.loss * rows, t.gradient * dz, len(rows), reduction)
 
 
 def _standardised_example(rng: np.random.Generator, dtype: Any) -> list[Example]:

@@ -13,26 +13,32 @@ import numpy as np
 
 from minikd.errors import label_out_of_range
 from minikd.ops.op import Example, Op, Shape, register
+from minikd.ops.refusals import refuse_rows
 from minikd.ops.rows import inverse_temperature, row_shapes, softened, wide
 
 # --- what the losses share ---
 
 
-def reduce_rows(loss: Any, rows: Any, divisor: Any, reduction: str) -> None:
+def reduce_rows(xp: Any, loss: Any, rows: Any, divisor: Any, reduction: str) -> None:
     """Write the row losses (float64), their sum, or their sum over `divisor` (0 when the divisor is 0)."""
     if reduction == "none":
         loss[...] = rows
     elif reduction == "sum":
         loss[...] = rows.sum()
     else:
-        loss[...] = rows.sum() / divisor if divisor else 0.0
+        loss[...] = over(xp, rows.sum(), divisor)
 
 
-def row_scale(divisor: Any, reduction: str) -> float:
+def over(xp: Any, total: Any, divisor: Any) -> Any:
+    """total / divisor, and 0 where the divisor is 0; a divisor that was computed stays where it is."""
+    if isinstance(divisor, int | float):
+        return total / divisor if divisor else 0.0
+    return xp.where(divisor == 0, 0.0, total / xp.where(divisor == 0, 1, divisor))
+
+
+def row_scale(xp: Any, divisor: Any, reduction: str) -> Any:
     """What one row's gradient is multiplied by under this reduction."""
-    if reduction in ("none", "sum"):
-        return 1.0
-    return 1.0 / float(divisor) if divisor else 0.0
+    return 1.0 if reduction in ("none", "sum") else over(xp, 1.0, divisor)
 
 
 def loss_shape(shapes: Sequence[Shape | None], attrs: dict[str, Any]) -> list[Shape]:
@@ -41,17 +47,27 @@ def loss_shape(shapes: Sequence[Shape | None], attrs: dict[str, Any]) -> list[Sh
 
 
 def labelled_rows(xp: Any, where: str, target: Any, c: int, ignore_index: int) -> Any:
-    """Which rows carry a label; refuses a label outside 0 … c - 1 before anything is computed."""
+    """Which rows carry a label; refuses a label outside 0 … c - 1 (on a device later, where its row becomes NaN)."""
     labelled = target != ignore_index
-    wrong = xp.flatnonzero(labelled & ((target < 0) | (target >= c)))
-    if wrong.size:
-        raise label_out_of_range(where, int(wrong[0]), int(target[wrong[0]]), c)
+    wrong = labelled & outside(target, c)
+    refuse_rows(xp, (where, c), wrong, target, lambda row, label: label_out_of_range(where, row, label, c))
     return labelled
 
 
-def one_hot(xp: Any, target: Any, c: int, smoothing: float) -> Any:
-    """(1 - smoothing)·one-hot + smoothing/C in float64; rows without a label are the caller's to leave out."""
-    return (1.0 - smoothing) * (xp.arange(c)[None, :] == target[:, None]) + smoothing / c
+def outside(target: Any, c: int) -> Any:
+    """Which of these are no class ids from 0 to c - 1."""
+    return (target < 0) | (target >= c)
+
+
+def one_hot(xp: Any, target: Any, labelled: Any, c: int, smoothing: float) -> Any:
+    """(1 - smoothing)·one-hot + smoothing/C in float64, zeros in the rows without a label, NaN where it is no class."""
+    hot = xp.arange(c)[None, :] == xp.where(labelled, target, -1)[:, None]
+    return xp.where(labelled[:, None], (1.0 - smoothing) * hot + known(xp, target, c, smoothing / c)[:, None], 0.0)
+
+
+def known(xp: Any, target: Any, c: int, value: float) -> Any:
+    """`value` in each row whose target is a class id, and NaN in the others, which a device has not refused yet."""
+    return xp.where(outside(target, c), xp.nan, xp.float64(value))
 
 
 def cross_entropy_rows(xp: Any, logits: Any, y: Any) -> tuple[Any, Any]:
@@ -76,7 +92,8 @@ def relative_entropy(xp: Any, p: Any, q: Any, delta: Any) -> tuple[Any, Any]:
     # series = 1/2 + δ/6 + δ²/24 + …, so δ²·series = e^δ - 1 - δ
     terms = xp.where(small, q * d * d * series, p - q - q * delta)
     difference = xp.where(small, q * (d + d * d * series), p - q)
-    return xp.sum(xp.where(q == 0, p, terms), axis=1), difference
+    empty = q == 0
+    return xp.sum(xp.where(empty, p, terms), axis=1), xp.where(empty, p, difference)
 
 
 def scale_gradient(xp: Any, dx: Any, dloss: Any, loss: Any, gradient: Any, *inputs: Any, **attrs: Any) -> None:
@@ -99,15 +116,16 @@ def _cross_entropy(
 ) -> None:
     c = logits.shape[1]
     labelled = labelled_rows(xp, "cross_entropy", target, c, ignore_index)
-    y = one_hot(xp, target, c, label_smoothing)
+    y = one_hot(xp, target, labelled, c, label_smoothing)
     divisor = labelled.sum()
     if weight is not None:
         y = y * wide(xp, weight)
-        divisor = wide(xp, weight)[target[labelled]].sum()
+        of_rows = xp.take(wide(xp, weight), xp.clip(target, 0, c - 1))
+        divisor = xp.where(labelled, of_rows, 0.0).sum()
     rows, dz = cross_entropy_rows(xp, logits, y)
-    reduce_rows(loss, xp.where(labelled, rows, 0.0), divisor, reduction)
+    reduce_rows(xp, loss, xp.where(labelled, rows, 0.0), divisor, reduction)
     if gradient is not None:
-        gradient[...] = xp.where(labelled[:, None], dz * row_scale(divisor, reduction), 0.0)
+        gradient[...] = xp.where(labelled[:, None], dz * row_scale(xp, divisor, reduction), 0.0)
 
 
 def _labels(rng: np.random.Generator, n: int, c: int, ignored: bool = True) -> Any:
@@ -159,9 +177,9 @@ def _soft_cross_entropy(
     if weight is not None:
         y = y * wide(xp, weight)
     rows, dz = cross_entropy_rows(xp, logits, y)
-    reduce_rows(loss, rows, n, reduction)
+    reduce_rows(xp, loss, rows, n, reduction)
     if gradient is not None:
-        gradient[...] = dz * row_scale(n, reduction)
+        gradient[...] = dz * row_scale(xp, n, reduction)
 
 
 def _probabilities(rng: np.random.Generator, n: int, c: int, dtype: Any) -> Any:
@@ -211,9 +229,9 @@ def _kl_div(xp: Any, loss: Any, gradient: Any, input: Any, target: Any, reductio
     log_q = wide(xp, target) if log_target else xp.log(q)
     pointwise = xp.where(q == 0, 0.0, q * (log_q - wide(xp, input)))
     divisor = _kl_divisor(input.shape, reduction)
-    reduce_rows(loss, pointwise, divisor, reduction)
+    reduce_rows(xp, loss, pointwise, divisor, reduction)
     if gradient is not None:
-        gradient[...] = -q * row_scale(divisor, reduction)
+        gradient[...] = -q * row_scale(xp, divisor, reduction)
 
 
 def _kl_div_vjp(
@@ -298,12 +316,12 @@ def _distillation_loss(
     hard, hard_gradient = xp.zeros(n), xp.zeros((n, c))
     if target is not None:
         labelled = labelled_rows(xp, "distillation_loss", target, c, ignore_index)
-        hard, hard_gradient = cross_entropy_rows(xp, student_logits, one_hot(xp, target, c, label_smoothing))
+        hard, hard_gradient = cross_entropy_rows(xp, student_logits, one_hot(xp, target, labelled, c, label_smoothing))
         hard = xp.where(labelled, weighted(xp, hard_weight, hard), 0.0)
         hard_gradient = xp.where(labelled[:, None], weighted(xp, hard_weight, hard_gradient), 0.0)
 
     # the hard mean is over labelled rows, the soft mean over all
-    per_hard, per_soft = row_scale(labelled.sum(), reduction), row_scale(n, reduction)
+    per_hard, per_soft = row_scale(xp, labelled.sum(), reduction), row_scale(xp, n, reduction)
     rows = per_hard * hard + per_soft * soft
     loss[...] = rows if reduction == "none" else rows.sum()
     if gradient is not None:

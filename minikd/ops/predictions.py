@@ -51,7 +51,7 @@ register(
     Op(
         name="correct_count",
         formula="count = #{rows: target ≠ ignore_index and argmax z = target}",
-        signature="logits(n, c), target:index(n) -> count:counter",
+        signature="logits(n, c), target:index(n) -> count:index()",
         attrs={"ignore_index": -100},
         forward=_correct_count,
         example=_correct_count_example,

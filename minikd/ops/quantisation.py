@@ -13,7 +13,9 @@ SOURCE = "Jacob et al. 2018, sec. 3; the gradient is the straight-through one of
 
 
 def _in_steps(xp: Any, x: Any, scale: Any) -> Any:
-    """x / scale, and x itself where the scale is 0."""
+    """x / scale, and x itself where the scale is 0; it is a number or a column."""
+    if isinstance(scale, np.floating):
+        return x / scale if float(scale) > 0 else x
     return x / xp.where(scale > 0, scale, 1)
 
 

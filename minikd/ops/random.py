@@ -19,8 +19,8 @@ _LOW = 0xFFFFFFFF
 
 
 def philox(xp: Any, counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> list[Any]:
-    """Four 32-bit words (held in uint64 arrays) for each counter of four 32-bit words."""
-    a, b, c, d = (xp.asarray(word, xp.uint64) for word in counter)
+    """Four 32-bit words (held in uint64 arrays) for each counter of four 32-bit words, numbers or such arrays."""
+    a, b, c, d = (xp.uint64(word) if isinstance(word, int) else word for word in counter)
     k0, k1 = key
     low, half = xp.uint64(_LOW), xp.uint64(32)
     for _ in range(PHILOX_ROUNDS):

@@ -13,7 +13,7 @@ from minikd.ops.op import Example, Op, gradients, register
 
 def wide(xp: Any, x: Any) -> Any:
     """x in float64 (complex128 if it is complex): rows are computed there and rounded once."""
-    return x.astype(xp.result_type(x.dtype, xp.float64))
+    return x.astype(np.result_type(x.dtype, np.float64))
 
 
 def inverse_temperature(where: str, temperature: Any, dtype: Any) -> float:

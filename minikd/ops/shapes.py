@@ -10,6 +10,7 @@ import numpy as np
 
 from minikd.errors import ArgumentError, ShapeError
 from minikd.ops.op import Example, Op, Shape, register
+from minikd.ops.refusals import refuse_rows, spoil
 
 # --- reshape ---
 
@@ -87,12 +88,11 @@ register(
 # --- take rows ---
 
 
-def check_rows(xp: Any, rows: Any, count: int) -> None:
-    """Refuse row numbers outside 0 … count - 1."""
-    wrong = xp.flatnonzero((rows < 0) | (rows >= count))
-    if wrong.size:
-        k = int(wrong[0])
-        raise row_out_of_range(k, int(rows[k]), count)
+def check_rows(xp: Any, rows: Any, count: int) -> Any:
+    """Refuse row numbers outside 0 … count - 1; returns which they are, for a device refuses them later."""
+    wrong = (rows < 0) | (rows >= count)
+    refuse_rows(xp, ("take", count), wrong, rows, lambda k, row: row_out_of_range(k, row, count))
+    return wrong
 
 
 def row_out_of_range(k: int, row: int, count: int) -> ArgumentError:
@@ -102,8 +102,15 @@ def row_out_of_range(k: int, row: int, count: int) -> ArgumentError:
 
 
 def _take(xp: Any, y: Any, x: Any, rows: Any) -> None:
-    check_rows(xp, rows, x.shape[0])
-    xp.take(x, rows, axis=0, out=y, mode="clip")
+    wrong = check_rows(xp, rows, x.shape[0])
+    spoil(xp, wrong, pick(xp, x, rows, y), xp.nan)
+
+
+def pick(xp: Any, x: Any, rows: Any, out: Any = None) -> Any:
+    """The rows of x with these numbers, where one that does not exist becomes the nearest."""
+    if xp is np:
+        return np.take(x, rows, axis=0, out=out, mode="clip")
+    return xp.take(x, xp.clip(rows, 0, max(len(x) - 1, 0)), axis=0, out=out)
 
 
 def _take_vjp(xp: Any, dx: Any, dy: Any, y: Any, x: Any, rows: Any) -> None:
@@ -134,8 +141,9 @@ register(
 
 
 def _take_scaled(xp: Any, y: Any, x: Any, rows: Any, scale: Any, shift: Any) -> None:
-    check_rows(xp, rows, x.shape[0])
-    y[...] = xp.take(x, rows, axis=0, mode="clip") * scale + shift
+    wrong = check_rows(xp, rows, x.shape[0])
+    y[...] = pick(xp, x, rows) * scale + shift
+    spoil(xp, wrong, y, xp.nan)
 
 
 def _take_scaled_example(rng: np.random.Generator, dtype: Any) -> list[Example]:
@@ -159,10 +167,13 @@ register(
 
 # --- take labels ---
 
+# What stands in the place of a label that was not there to be taken: no class, and no mark for rows without one.
+NO_LABEL = np.iinfo(np.int64).min
+
 
 def _take_index(xp: Any, y: Any, x: Any, rows: Any) -> None:
-    check_rows(xp, rows, x.shape[0])
-    xp.take(x, rows, out=y, mode="clip")
+    wrong = check_rows(xp, rows, x.shape[0])
+    spoil(xp, wrong, pick(xp, x, rows, y), NO_LABEL)
 
 
 def _take_index_example(rng: np.random.Generator, dtype: Any) -> list[Example]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from minikd.ops.losses import labelled_rows
+from minikd.ops.losses import known, labelled_rows, outside
 from minikd.ops.op import Example, Op, register
+from minikd.ops.refusals import spoil
 from minikd.ops.rows import inverse_temperature, row_shapes, softened
 
 
@@ -22,7 +23,8 @@ def _teacher_confidence(
         weight[...] = xp.maximum(1.0 - entropy / (math.log(c) or 1.0), 0.0)
     else:
         labelled = labelled_rows(xp, where, target, c, ignore_index)
-        weight[...] = xp.where(labelled, q[xp.arange(n), xp.where(labelled, target, 0)], q.max(axis=1))
+        of_target = q[xp.arange(n), xp.clip(target, 0, c - 1)] * known(xp, target, c, 1.0)
+        weight[...] = xp.where(labelled, of_target, q.max(axis=1))
 
 
 def _labels(rng: np.random.Generator, n: int, c: int) -> Any:
@@ -65,10 +67,11 @@ def _corrected_logits(xp: Any, y: Any, teacher_logits: Any, target: Any, ignore_
     n, c = teacher_logits.shape
     labelled = labelled_rows(xp, "corrected_logits", target, c, ignore_index)
     rows, top = xp.arange(n), teacher_logits.argmax(axis=1)
-    label = xp.where(labelled, target, top)
+    label = xp.where(labelled, xp.clip(target, 0, c - 1), top)
     y[...] = teacher_logits
     y[rows, top] = teacher_logits[rows, label]
     y[rows, label] = teacher_logits[rows, top]
+    spoil(xp, labelled & outside(target, c), y, xp.nan)
 
 
 def _corrected_example(rng: np.random.Generator, dtype: Any) -> list[Example]:

@@ -113,9 +113,9 @@ register(
 
 
 def _clip_norm(xp: Any, g: Any, limit: float) -> None:
-    norm = float(xp.sqrt(xp.sum(g.astype(xp.float64) ** 2)))
-    if limit < norm < math.inf:
-        g *= g.dtype.type(limit / norm)
+    norm = xp.sqrt(xp.sum(g.astype(xp.float64) ** 2))
+    larger = (norm > limit) & (norm < math.inf)
+    g *= xp.where(larger, limit / xp.where(larger, norm, 1.0), 1.0).astype(g.dtype)
 
 
 register(

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import platform
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import minikd
 from minikd.data import sources
 from minikd.errors import MinikdError
 from minikd.kernels import backends, blas, kernel_names
+from minikd.kernels.arrays import gpu_in_words
 from minikd.kernels.threads import threads
 from minikd.report.table import Table
 
@@ -22,9 +24,11 @@ from minikd.report.table import Table
 EXTRAS = {
     "cli": ("rich", "matplotlib", "threadpoolctl"),
     "numba": ("numba",),
+    "cupy": ("cupy",),
     "teachers": ("sklearn", "onnxruntime"),
 }
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where a package is installed under another name
+# Where a package has another name, or comes by one of several.
+DISTRIBUTIONS = {"sklearn": ("scikit-learn",), "cupy": ("cupy-cuda12x", "cupy-cuda13x", "cupy-cuda11x", "cupy")}
 
 
 def environment_table() -> Table:
@@ -64,8 +68,11 @@ def _backends() -> Iterator[tuple[str, str]]:
             threads = native.threads()
             text += f", kernels for {native.cpu_level()} on up to {threads} thread{'s' * (threads != 1)}"
             text += f", matrix products by {native.products()}"
+        if name == "cupy":
+            text += f", on {gpu_in_words()}"
         if status.fallbacks:
-            text += f", {total - len(status.fallbacks)} of {total} kernels; NumPy runs {_in_words(status.fallbacks)}"
+            own, other = total - len(status.fallbacks), "CuPy" if name == "cupy" else "NumPy"
+            text += f", {own} of {total} kernels; {other} runs {_in_words(status.fallbacks)}"
         yield name, text
 
 
@@ -89,7 +96,10 @@ def _version(package: str) -> str:
     """The installed version of a package, or an empty text if it cannot be imported."""
     if not importlib.util.find_spec(package):
         return ""
-    return importlib.metadata.version(DISTRIBUTIONS.get(package, package))
+    for distribution in DISTRIBUTIONS.get(package, (package,)):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return "of an unknown version"
 
 
 def _data_sets() -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from typing import Any
 from minikd.distillation import DistillResult
 from minikd.errors import OutputError
 from minikd.export import save
-from minikd.kernels import current_backend
+from minikd.kernels import current_backend, matmul_precision
 from minikd.locks import only_writer
 from minikd.nn import Module
 from minikd.report.config import to_toml
@@ -128,7 +128,7 @@ class RunFolder:
             if earlier and not self._overwrite:
                 expected, fix = "a folder without results", "Name another folder, or allow it with --overwrite."
                 raise OutputError("folder", str(self.path), expected=expected, got=f"one with {earlier[0]}", fix=fix)
-            settings = dataclasses.replace(settings, backend=settings.backend or current_backend())
+            settings = dataclasses.replace(settings, backend=current_backend(), precision=matmul_precision().name)
             write_whole(self.path / CONFIG, to_toml(settings).encode())
             for name in earlier:  # a stale file beside new ones would lie about the new run
                 if (self.path / name).is_dir():

@@ -140,7 +140,7 @@ def soft_labels(result: DistillResult) -> bytes | None:
 
     data, own = result.dataset, result.settings.temperature
     raw = data.raw(data.x_validation)
-    chosen = confusing(F.softmax(scores), data.y_validation)
+    chosen = confusing(F.of_host(F.softmax, scores), data.y_validation)
     temperatures = sorted({*TEMPERATURES, own})
     with matplotlib.rc_context(STYLE):
         size = (2.6 + 1.75 * len(temperatures), 1.1 + 1.8 * len(chosen))
@@ -196,7 +196,7 @@ def _bars(
     classes = sorted([label, *others[: MOST_CLASSES - 1]])
     colours = [BLUE if c == label else LIGHT for c in classes]
     for axes, temperature in zip(row, temperatures, strict=True):
-        probabilities = F.softmax(scores, temperature=temperature)[classes]
+        probabilities = F.of_host(F.softmax, scores, temperature=temperature)[classes]
         axes.barh(np.arange(len(classes)), probabilities, color=colours)
         axes.set(xlim=(0, 1), yticks=[], facecolor="#EAF3F9" if temperature == own else "none")
         axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])

@@ -92,6 +92,6 @@ def _mass_without(logits: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 def _divergence(teacher: np.ndarray, stored: np.ndarray, temperature: float) -> np.ndarray:
     """KL(softmax(teacher / T) ‖ softmax(stored / T)) (n,); rounding may take it below 0, which is 0 then."""
-    q, p = (F.log_softmax(z, temperature=temperature) for z in (teacher, stored))
-    pointwise = np.asarray(F.kl_div(p, q, reduction="none", log_target=True))
+    q, p = (F.of_host(F.log_softmax, z, temperature=temperature) for z in (teacher, stored))
+    pointwise = np.asarray(F.of_host(F.kl_div, p, q, reduction="none", log_target=True))
     return np.maximum(pointwise.sum(axis=1), 0)

@@ -78,7 +78,8 @@ class Ensemble(Teacher):
         total = np.zeros(members[0].shape)
         for weight, scores in zip(self.weights, members, strict=True):
             wide = scores.astype(np.float64)
-            total += weight * (wide if self.average == LOGITS or not len(wide) else np.asarray(F.softmax(wide)))
+            as_they_are = self.average == LOGITS or not len(wide)
+            total += weight * (wide if as_they_are else np.asarray(F.of_host(F.softmax, wide)))
         return total
 
     def _identity(self) -> str:

@@ -77,7 +77,7 @@ class Teacher:
     def probabilities(self, x: Any, rows: Any = None, *, temperature: float = 1.0) -> np.ndarray:
         """softmax(logits / T) of shape (n, c); a class of probability 0 keeps it at every T."""
         scores = self.logits(x, rows)
-        return np.asarray(F.softmax(scores, temperature=temperature)) if len(scores) else scores
+        return np.asarray(F.of_host(F.softmax, scores, temperature=temperature)) if len(scores) else scores
 
     def knows(self, rows: Any) -> bool:
         """Whether every one of these sample numbers can be answered; only tables lack some."""
