@@ -65,7 +65,7 @@ def filled(shape: Any, dtype: Any) -> Any:
 @pytest.fixture(autouse=True)
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     stand_in: Any = types.ModuleType("cupy")
-    stand_in.RawModule = RawModule
+    stand_in.RawModule, stand_in.ndarray = RawModule, DeviceArray
     stand_in.empty = filled
     stand_in.zeros = lambda shape, dtype: on_device(np.zeros(shape, dtype))
     stand_in.cuda = types.SimpleNamespace(Device=Device)
@@ -604,7 +604,7 @@ def test_many_rows_are_counted_and_added_up_by_as_many_threads_as_there_are(monk
     call()
     assert np.isnan(given[0])
     with pytest.raises(ArgumentError, match=rf"target\[{n - 1}\]"):
-        launches.refusals.check()
+        launches.REFUSALS.check()
     labels[-1] = 1
     wanted, exact = np.empty(()), np.empty(z.shape)
     reference("cross_entropy", wanted, exact, widen(z), labels, None)
