@@ -61,6 +61,19 @@ def test_what_is_said_of_a_backend_is_whether_it_runs_why_not_and_what_it_takes_
         assert found[backend].fallbacks == tuple(name for name in kernel_names() if name not in own)
 
 
+@pytest.mark.parametrize("products", [{}, {"multiplier": None}])
+def test_a_backend_that_multiplies_by_itself_takes_no_product_from_numpy(
+    products: dict[str, None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simple = SimpleNamespace(NAMES={"relu"}, unavailable=lambda: "", **products)
+    monkeypatch.setitem(sys.modules, "minikd.kernels.simple", simple)
+    monkeypatch.setitem(BACKENDS, "simple", kernels.Backend("minikd.kernels.simple", "", ""))
+    fallbacks = kd.backends()["simple"].fallbacks
+    assert "neg" in fallbacks
+    assert not {"relu", *composed.KERNELS} & {*fallbacks}
+    assert {*composed.PRODUCTS} & {*fallbacks} == (set() if products else {*composed.PRODUCTS})
+
+
 def test_a_backend_whose_package_is_missing_says_how_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = kernels.Backend("minikd.kernels.no_such_module", "no_such_package", "numba")  # which is not imported
     monkeypatch.setitem(BACKENDS, "numba", absent)
@@ -209,6 +222,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[MinikdError], str]] = {
         lambda: as_index("f", "a", X),
         DTypeError,
         "f: a must be an array of integers, got float32. Class ids are whole numbers; convert them with .astype(int).",
+    ),
+    "fractions as a counter": (
+        lambda: prepare(OPS["dropout"], [X, np.array(0.5)]),
+        DTypeError,
+        "dropout: step must be an array of integers, got float64. "
+        "Class ids are whole numbers; convert them with .astype(int).",
     ),
     "numbers as bytes": (
         lambda: as_bytes("f", "a", [1, 2]),
