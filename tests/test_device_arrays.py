@@ -32,7 +32,18 @@ from minikd.cli import main
 from minikd.data import load
 from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError
 from minikd.export.finetune import finetune
-from minikd.kernels import Backend, arrays, bind, composed, cuda, current_backend, execute, input_arguments, prepare, run
+from minikd.kernels import (
+    Backend,
+    arrays,
+    bind,
+    composed,
+    cuda,
+    current_backend,
+    execute,
+    input_arguments,
+    prepare,
+    run,
+)
 from minikd.kernels.arrays import HOST_KINDS, address, here, is_writable, on_device, to_device, to_host
 from minikd.objectives import IGNORED, NAMES, Batch, HardLabels, ReverseKL
 from minikd.ops import OPS, Op
@@ -381,7 +392,10 @@ NUMBERS = np.ones((2, 3), np.float32)
 ELSEWHERE: dict[str, tuple[Any, str]] = {
     "a real array": (lambda x: F.softmax(NUMBERS), "softmax: x must be a CuPy array under the backend cupy"),
     "labels": (lambda x: F.cross_entropy(x, np.array([0, 1])), "cross_entropy: target must be a CuPy array"),
-    "row numbers": (lambda x: F.take(x, np.array([0])), "take: rows must be a CuPy array under the backend cupy, got a NumPy"),
+    "row numbers": (
+        lambda x: F.take(x, np.array([0])),
+        "take: rows must be a CuPy array under the backend cupy, got a NumPy",
+    ),
     "an operand": (lambda x: kd.Tensor(x) + NUMBERS, "add: operand must be a CuPy array"),
     "a factor of a product": (lambda x: kd.Tensor(x) @ NUMBERS.T, "matmul: operand must be a CuPy array"),
     "a number on the device": (lambda x: F.softmax(x, temperature=x.sum()), "softmax: temperature must be a Python"),
@@ -528,6 +542,13 @@ def on_the_device(*arrays: Any) -> list[Any]:
 WRONG: dict[str, tuple[Any, str, int]] = {
     "a label": (
         lambda: F.cross_entropy(*on_the_device(np.zeros((3, 4)), [1, 9, 0]), reduction="none"),
+        r"cross_entropy: target\[1\] must be a class id from 0 to 3 .*, got 9",
+        1,
+    ),
+    "a label beside weights of the classes": (
+        lambda: F.cross_entropy(
+            *on_the_device(np.zeros((3, 4)), [1, 9, 0]), weight=to_device(np.ones(4)), reduction="none"
+        ),
         r"cross_entropy: target\[1\] must be a class id from 0 to 3 .*, got 9",
         1,
     ),
