@@ -1,7 +1,7 @@
 /* The mathematics of one element, and of one row once its sums are known: what C and CUDA compute alike.
  *
- * Plain C99 in terms of `real`, without memory of its own, threads or vectors (but for the random words, of which C draws
- * several at a time). C's loops call these functions for each lane, CUDA's threads for each element. */
+ * Plain C99 in terms of `real`, without memory of its own, threads or vectors (but for the random words, of which C
+ * draws several at a time). C's loops call these functions for each lane, CUDA's threads for each element. */
 #ifndef MINIKD_ELEMENTS_H
 #define MINIKD_ELEMENTS_H
 
@@ -287,9 +287,9 @@ INLINE real near_term(real p, real q, real delta)
 /* Beyond this, what is left of log p - log q after the shift is no longer known to nine digits. */
 #define FAR_SHIFT 1e6
 
-/* KL(q ‖ p), given as a difference of sums and as a sum of terms that do not cancel. The sum is better where KL is small,
- * unless the logits are so large, or one side's are so far from the other's (`shift`), that log p - log q, of which it
- * is made, is lost. */
+/* KL(q ‖ p), given as a difference of sums and as a sum of terms that do not cancel. The sum is better where KL is
+ * small, unless the logits are so large, or one side's are so far from the other's (`shift`), that log p - log q, of
+ * which it is made, is lost. */
 INLINE double nearer(double difference, double sum_of_terms, double shift)
 {
     if (!(difference < FAR_APART))
@@ -307,8 +307,8 @@ INLINE real soft_gradient(real p, real q, real per_p, real per_q)
 
 /* --- random words --- */
 
-/* Some counters side by side, each in 64 bits: low_product(a, b) is the product of the low 32 bits of both. Compilers know
- * no instruction for that from C alone: with it dropout takes half the time, or less. */
+/* Some counters side by side, each in 64 bits: low_product(a, b) is the product of the low 32 bits of both. Compilers
+ * know no instruction for that from C alone: with it dropout takes half the time, or less. */
 #if defined(__CUDA_ARCH__)
 typedef uint64_t wide;
 #define low_product(a, b) (((a) & 0xffffffffu) * (b))

@@ -84,7 +84,8 @@ typedef uint32_t bits;
 /* a·b + c, rounded once where the processor can do so at full speed. The compiler is told not to do this by itself,
  * so that what is computed does not depend on it. exact_product is the same where rounding a·b would be the larger
  * part of the error: there a float product is taken in double; of double none is exact without the processor. */
-#if defined(__FMA__) || defined(__CUDA_ARCH__) || defined(__ARM_FEATURE_FMA) || (defined(FP_FAST_FMA) && defined(FP_FAST_FMAF))
+#if defined(__FMA__) || defined(__CUDA_ARCH__) || defined(__ARM_FEATURE_FMA)                                           \
+    || (defined(FP_FAST_FMA) && defined(FP_FAST_FMAF))
 #define fused(a, b, c) REAL(fma)(a, b, c)
 #define fused_double(a, b, c) fma(a, b, c)
 #define exact_product(a, b, c) fused(a, b, c)

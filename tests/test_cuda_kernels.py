@@ -27,10 +27,7 @@ from minikd.ops.refusals import Refusals
 
 FLOATS = ("float32", "float64")
 each_float = pytest.mark.parametrize("dtype", FLOATS)
-pytestmark = [
-    pytest.mark.skipif(cuda_on_cpu.compiler() is None, reason="needs g++"),
-    pytest.mark.usefixtures("card"),
-]
+pytestmark = pytest.mark.skipif(cuda_on_cpu.compiler() is None, reason="needs g++")
 
 
 # --- a stand-in for the few parts of CuPy that launches needs ---

@@ -2,9 +2,9 @@
 //
 // A fibre runs until it comes to a barrier or a shuffle, and goes on when all that it waits for have come. What a
 // graphics card leaves undefined is an error here: a barrier that not all threads of the block come to, a shuffle that
-// not all lanes of its mask come to, threads that wait at different places. Shared memory begins as bytes of 0xFF, which
-// are NaN, and the order in which the threads of a block run is chosen by the caller, so that a barrier that is missing
-// shows in the results.
+// not all lanes of its mask come to, threads that wait at different places. Shared memory begins as bytes of 0xFF,
+// which are NaN, and the order in which the threads of a block run is chosen by the caller, so that a barrier that is
+// missing shows in the results.
 #pragma once
 
 #include <math.h>
@@ -383,12 +383,13 @@ static inline long long atomicMin(long long *at, long long x) { return cuda_on_c
 using std::max;
 using std::min;
 
+#define EXPORTED extern "C" __attribute__((visibility("default")))
 #define CUDA_ON_CPU_KERNEL(name)                                                                                       \
-    extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_run_##name(const cuda_on_cpu::launch *how, void **arguments)                           \
+    EXPORTED void cuda_on_cpu_run_##name(const cuda_on_cpu::launch *how, void **arguments)                             \
     {                                                                                                                  \
         cuda_on_cpu::run(name, how, arguments);                                                                        \
     }                                                                                                                  \
-    extern "C" __attribute__((visibility("default"))) const int *cuda_on_cpu_sizes_##name()                            \
+    EXPORTED const int *cuda_on_cpu_sizes_##name()                                                                     \
     {                                                                                                                  \
         return cuda_on_cpu::sizes(name);                                                                               \
     }

@@ -32,11 +32,12 @@ static __device__ __forceinline__ void forward(F f, real *y, const real *x, cons
     }
 }
 
-/* dx = dy·slope(v + b), a column for each thread; part[band] = Σ dx of the rows of the block's band, in double. dx and part
- * may be null. `v` is y, without b, or x. */
+/* dx = dy·slope(v + b), a column for each thread; part[band] = Σ dx of the rows of the block's band, in double. dx and
+ * part may be null. `v` is y, without b, or x. */
 template <class F>
-static __device__ __forceinline__ void backward(double (*sums)[COLUMNS], F slope, real *dx, double *part, const real *dy,
-                                                const real *v, const real *b, whole n, whole m, whole band)
+static __device__ __forceinline__ void backward(double (*sums)[COLUMNS], F slope, real *dx, double *part,
+                                                const real *dy, const real *v, const real *b, whole n, whole m,
+                                                whole band)
 {
     const whole column = (whole)blockIdx.x * COLUMNS + threadIdx.x, first = blockIdx.y * band;
     const whole end = first + band < n ? first + band : n;
@@ -76,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(128) bias_sum(real *db, const doubl
         forward([](real u) { return f(u); }, y, x, b, n, m);                                                           \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
-        name##_vjp(real *dx, double *part, const real *dy, const real *v, const real *b, whole n, whole m, whole band)  \
+        name##_vjp(real *dx, double *part, const real *dy, const real *v, const real *b, whole n, whole m, whole band) \
     {                                                                                                                  \
         __shared__ double sums[ROWS][COLUMNS];                                                                         \
         backward(sums, [](real u) { return slope(u); }, dx, part, dy, v, b, n, m, band);                               \

@@ -1,8 +1,10 @@
-/* The distillation loss with its gradient: loss = hard·CE(y, z_s) + soft·T²·KL(q ‖ p), p = softmax(z_s/T), q = softmax(z_t/T).
+/* The distillation loss with its gradient: loss = hard·CE(y, z_s) + soft·T²·KL(q ‖ p), p = softmax(z_s/T), q =
+ * softmax(z_t/T).
  *
  * A row is read once, by a warp into registers, or by a block into registers (the student's) and shared memory (the
- * teacher's), or by a block into shared memory; only rows that fit nowhere are read again from memory. KL is a difference of sums where it is large, else a
- * sum of terms that do not cancel, for which the row is gone through once more. */
+ * teacher's), or by a block into shared memory; only rows that fit nowhere are read again from memory. KL is a
+ * difference of sums where it is large, else a sum of terms that do not cancel, for which the row is gone through once
+ * more. */
 
 #include "labels.h"
 
@@ -18,7 +20,8 @@ struct Common {
     int same_temperature, one_temperature; /* of student and teacher; of the student and the hard loss */
 };
 
-/* A block: counts the labels, and works out what the rows have in common. Of a temperature that is none all becomes NaN. */
+/* A block: counts the labels, and works out what the rows have in common. Of a temperature that is none all becomes
+ * NaN. */
 extern "C" __global__ void __launch_bounds__(1024)
     distillation_before(Common *common, Refused *refused, whole call, const whole *target, NUMBER(double, temperature),
                         NUMBER(double, hard_weight), NUMBER(double, soft_weight), whole n, whole c, int reduction,
@@ -56,8 +59,8 @@ extern "C" __global__ void __launch_bounds__(1024)
 #define ARGUMENTS                                                                                                      \
     loss, row_loss, gradient, student_logits, teacher_logits, target, common, n, c, ignore_index, label_smoothing
 
-/* What is found out about a row: p = weight·per_p, q = weight·per_q, what the student's weights at 1 are multiplied by in
- * the gradient, and what is added to (z_s - z_t)/T for log p - log q. */
+/* What is found out about a row: p = weight·per_p, q = weight·per_q, what the student's weights at 1 are multiplied by
+ * in the gradient, and what is added to (z_s - z_t)/T for log p - log q. */
 struct Results {
     double loss, kl; /* the hard part; KL(q ‖ p) as a difference of sums */
     real per_p, per_q, per_e;
@@ -140,9 +143,11 @@ static __device__ __forceinline__ void distillation_row(const Group &group, cons
         double near = 0;
         layout.each([&](int k, int j) {
             const real zs = z_s.at(k, j), zt = z_t.at(k, j), below_s = zs - top_s, below_t = zt - top_t;
-            const real delta = same ? log_ratio_at_one_temperature(zs, zt, rate_s, rate_rest, found.shift, found.shift_rest)
-                                    : fused(below_s, rate_s, found.shift) - below_t;
-            near += near_term(weight_of(below_s, rate_s) * found.per_p, weight_of(below_t, rate_t) * found.per_q, delta);
+            const real delta =
+                same ? log_ratio_at_one_temperature(zs, zt, rate_s, rate_rest, found.shift, found.shift_rest)
+                     : fused(below_s, rate_s, found.shift) - below_t;
+            const real pk = weight_of(below_s, rate_s) * found.per_p, qk = weight_of(below_t, rate_t) * found.per_q;
+            near += near_term(pk, qk, delta);
         });
         kl = nearer(kl, group.sum(near), found.shift);
     }
@@ -179,7 +184,7 @@ template <int ITEMS, int V> static __device__ __forceinline__ void distillation_
 }
 
 #define WARP(items, v)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(128, 1) distillation_warp_##items(PARAMETERS)                            \
+    extern "C" __global__ void __launch_bounds__(128, 1) distillation_warp_##items(PARAMETERS)                         \
     {                                                                                                                  \
         distillation_warp<items, v>(ARGUMENTS);                                                                        \
     }

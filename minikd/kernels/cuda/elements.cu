@@ -117,7 +117,8 @@ INLINE void words_of(uint32_t *words, whole index, uint64_t seed, whole step, ui
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    dropout(real *y, real *mask, const real *x, NUMBER(whole, step), whole size, double p, uint64_t seed, uint64_t stream)
+    dropout(real *y, real *mask, const real *x, NUMBER(whole, step), whole size, double p, uint64_t seed,
+            uint64_t stream)
 {
     const whole first = first_of(4);
     if (first >= size)
@@ -170,8 +171,8 @@ extern "C" __global__ void __launch_bounds__(256)
 /* m = β₁·m + (1-β₁)·g;  v = β₂·v + (1-β₂)·g²;  w -= lr·(m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + ε).  What all elements have in
  * common is worked out once for each block, which has several stretches of elements. */
 extern "C" __global__ void __launch_bounds__(256)
-    adam_step(real *w, real *m, real *v, const real *g, NUMBER(double, lr), NUMBER(whole, step), whole size, double beta1,
-              double beta2, double eps, double weight_decay, int decoupled)
+    adam_step(real *w, real *m, real *v, const real *g, NUMBER(double, lr), NUMBER(whole, step), whole size,
+              double beta1, double beta2, double eps, double weight_decay, int decoupled)
 {
     __shared__ adam_rates told;
     if (threadIdx.x == 0)
@@ -207,7 +208,8 @@ extern "C" __global__ void __launch_bounds__(256) squares(double *part, const re
         part[blockIdx.x] = total;
 }
 
-extern "C" __global__ void __launch_bounds__(1024) clipping(double *factor, const double *part, whole count, double limit)
+extern "C" __global__ void __launch_bounds__(1024)
+    clipping(double *factor, const double *part, whole count, double limit)
 {
     __shared__ Told told;
     const Block block(&told);

@@ -1,5 +1,5 @@
-/* What all kernels share: groups of threads that work on one row, which elements of it each thread has, and numbers that
- * the host gives.
+/* What all kernels share: groups of threads that work on one row, which elements of it each thread has, and numbers
+ * that the host gives.
  *
  * Whatever is added up is added up in an order that depends on shapes alone: each thread its elements one after the
  * other, then the lanes of a warp in pairs, then the warps in their order. So a result has the same bits each time. */
@@ -13,8 +13,8 @@
 #define MOST_WARPS 32
 #define TOGETHER 32 /* elements that are added up in real before their sum is added up in double */
 
-/* A number that the host gives: where it stands in the device's memory, or if that is null, the number itself. A counter
- * is another such pair, of int64. In lists of parameters each is two. */
+/* A number that the host gives: where it stands in the device's memory, or if that is null, the number itself. A
+ * counter is another such pair, of int64. In lists of parameters each is two. */
 #define NUMBER(type, name) const type *name##_at, type name##_value
 #define GIVEN(name) (name##_at ? *name##_at : name##_value)
 
@@ -199,7 +199,8 @@ struct Block {
 
 /* --- which elements of a row a thread has --- */
 
-/* ITEMS of a row of up to ITEMS·SIZE classes, SIZE being the threads of the group, in steps of V neighbours. Element k of a thread is class `place(k)`. */
+/* ITEMS of a row of up to ITEMS·SIZE classes, SIZE being the threads of the group, in steps of V neighbours. Element k
+ * of a thread is class `place(k)`. */
 template <int SIZE, int ITEMS, int V> struct Spread {
     int rank, c;
 

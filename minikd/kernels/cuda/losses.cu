@@ -1,13 +1,13 @@
-/* The losses of one array of logits: cross-entropy for hard and for soft targets, and Kullback-Leibler divergence of given
- * log-probabilities. Each takes its gradient in the same traversal as its value. */
+/* The losses of one array of logits: cross-entropy for hard and for soft targets, and Kullback-Leibler divergence of
+ * given log-probabilities. Each takes its gradient in the same traversal as its value. */
 
 #include "labels.h"
 
 /* --- what all losses end with --- */
 
 /* loss = scale·Σ of the row losses; where `scale_at` says that it is 0, the loss is 0 whatever stands in the rows. */
-extern "C" __global__ void __launch_bounds__(1024) sum_rows(real *loss, const double *row_loss, whole count, double scale,
-                                                            const double *scale_at)
+extern "C" __global__ void __launch_bounds__(1024)
+    sum_rows(real *loss, const double *row_loss, whole count, double scale, const double *scale_at)
 {
     __shared__ Told told;
     const Block block(&told);
@@ -53,8 +53,8 @@ struct HardRow {
 };
 
 template <class Group, class Layout, class Row>
-static __device__ __forceinline__ void cross_entropy_row(const Group &group, const Layout &layout, const Row &z, whole row,
-                                                         CROSS_ENTROPY_PARAMETERS)
+static __device__ __forceinline__ void cross_entropy_row(const Group &group, const Layout &layout, const Row &z,
+                                                         whole row, CROSS_ENTROPY_PARAMETERS)
 {
     (void)n;
     const whole y = target[row];
@@ -114,7 +114,7 @@ template <int ITEMS, int V> static __device__ __forceinline__ void cross_entropy
 }
 
 #define CROSS_ENTROPY_WARP(items, v)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(128, 1) cross_entropy_warp_##items(CROSS_ENTROPY_PARAMETERS)             \
+    extern "C" __global__ void __launch_bounds__(128, 1) cross_entropy_warp_##items(CROSS_ENTROPY_PARAMETERS)          \
     {                                                                                                                  \
         cross_entropy_warp<items, v>(CROSS_ENTROPY_ARGUMENTS);                                                         \
     }
@@ -135,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) cross_entropy_block(CROSS_E
 /* --- cross-entropy with class probabilities --- */
 
 #define SOFT_PARAMETERS                                                                                                \
-    real *loss, double *row_loss, real *gradient, const real *logits, const real *target, const real *weight, whole n,  \
+    real *loss, double *row_loss, real *gradient, const real *logits, const real *target, const real *weight, whole n, \
         whole c, double scale, double label_smoothing
 #define SOFT_ARGUMENTS loss, row_loss, gradient, logits, target, weight, n, c, scale, label_smoothing
 
@@ -193,7 +193,7 @@ template <int ITEMS, int V> static __device__ __forceinline__ void soft_cross_en
 }
 
 #define SOFT_WARP(items, v)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128, 1) soft_cross_entropy_warp_##items(SOFT_PARAMETERS)                 \
+    extern "C" __global__ void __launch_bounds__(128, 1) soft_cross_entropy_warp_##items(SOFT_PARAMETERS)              \
     {                                                                                                                  \
         soft_cross_entropy_warp<items, v>(SOFT_ARGUMENTS);                                                             \
     }

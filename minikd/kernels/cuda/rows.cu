@@ -56,15 +56,15 @@ template <bool LOGARITHM> static __device__ __forceinline__ void softmax_of_bloc
 }
 
 #define SOFTMAX(name, logarithm, items, v)                                                                             \
-    extern "C" __global__ void __launch_bounds__(128, 1) name##_warp_##items(SOFTMAX_PARAMETERS)                          \
+    extern "C" __global__ void __launch_bounds__(128, 1) name##_warp_##items(SOFTMAX_PARAMETERS)                       \
     {                                                                                                                  \
-        softmax_of_warp<logarithm, items, v>(y, x, temperature_at, temperature_value, n, c);                              \
+        softmax_of_warp<logarithm, items, v>(y, x, temperature_at, temperature_value, n, c);                           \
     }
 #define SOFTMAX_BLOCK(name, logarithm)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256, 1) name##_block(SOFTMAX_PARAMETERS)                                 \
+    extern "C" __global__ void __launch_bounds__(256, 1) name##_block(SOFTMAX_PARAMETERS)                              \
     {                                                                                                                  \
         __shared__ Told told;                                                                                          \
-        softmax_of_block<logarithm>(&told, y, x, temperature_at, temperature_value, n, c);                                \
+        softmax_of_block<logarithm>(&told, y, x, temperature_at, temperature_value, n, c);                             \
     }
 
 SOFTMAX(softmax, false, 1, 1)
@@ -121,15 +121,15 @@ template <bool LOGARITHM> static __device__ __forceinline__ void vjp_of_block(To
 }
 
 #define VJP(name, logarithm, items, v)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(128, 1) name##_vjp_warp_##items(VJP_PARAMETERS)                          \
+    extern "C" __global__ void __launch_bounds__(128, 1) name##_vjp_warp_##items(VJP_PARAMETERS)                       \
     {                                                                                                                  \
-        vjp_of_warp<logarithm, items, v>(dx, dy, y, temperature_at, temperature_value, n, c);                     \
+        vjp_of_warp<logarithm, items, v>(dx, dy, y, temperature_at, temperature_value, n, c);                          \
     }
 #define VJP_BLOCK(name, logarithm)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(256, 1) name##_vjp_block(VJP_PARAMETERS)                                 \
+    extern "C" __global__ void __launch_bounds__(256, 1) name##_vjp_block(VJP_PARAMETERS)                              \
     {                                                                                                                  \
         __shared__ Told told;                                                                                          \
-        vjp_of_block<logarithm>(&told, dx, dy, y, temperature_at, temperature_value, n, c);                       \
+        vjp_of_block<logarithm>(&told, dx, dy, y, temperature_at, temperature_value, n, c);                            \
     }
 
 VJP(softmax, false, 1, 1)
