@@ -7,6 +7,7 @@ test_cuda_kernels, which need no card. Run the tests of a card in a process of t
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +54,10 @@ def on_card() -> Iterator[Any]:
     reason = kd.backends()["cupy"].reason
     if reason:
         pytest.skip(f"needs an NVIDIA GPU and CuPy: {reason}")
-    yield pytest.importorskip("cupy", reason="needs CuPy: pip install 'minikd[cupy]'")
+    cupy = pytest.importorskip("cupy", reason="needs CuPy: pip install 'minikd[cupy]'")
+    if os.environ.get("MINIKD_WITHOUT_POOL") == "1":  # as sanitize_cuda.py asks, which then knows each array's end
+        cupy.cuda.set_allocator(None)
+    yield cupy
 
 
 @contextmanager
@@ -296,9 +300,9 @@ def taught(backend: str, epochs: int, **options: Any) -> Training:
 
 
 # Masks, orders of rows and first weights have the same bits, so only the rounding of sums differs: by 1e-7 of a loss at
-# first, and the steps carry that on. On the stand-in, whose products are NumPy's, the losses of four epochs differ by 1e-8
-# at most. A card adds up products in another order, which changes each by some 1e-7; forty steps may make a few hundred
-# times that of it. A mask or a row that is another one changes a loss by some 1e-2.
+# first, and the steps carry that on. On the stand-in, whose products are those of NumPy, losses of four epochs differ
+# by 1e-8 at most. A card adds up products in another order, which changes each by some 1e-7; forty steps may make a few
+# hundred times that of it. A mask or a row that is another one changes a loss by some 1e-2.
 LOSSES_AGREE = 1e-4
 
 
