@@ -283,7 +283,7 @@ def test_memory_of_the_device_does_not_grow_with_steps(place: Place) -> None:
         memory = kd.memory_in_use()
         assert memory is not None
         used.append(memory.used)
-    assert len(set(used[4:])) == 1
+    assert max(used[4:]) == used[4]  # it may fall, when garbage of the recording is collected
 
 
 # --- trainings ---
@@ -332,7 +332,7 @@ def test_memory_of_the_device_does_not_grow_with_epochs(place: Place) -> None:
         memory = kd.memory_in_use()
         assert memory is not None
         used.append(memory.used)
-    assert len(set(used[3:])) == 1
+    assert max(used[3:]) == used[3]
 
 
 def test_a_whole_distillation_runs_there_and_its_student_on_the_host(place: Place) -> None:
