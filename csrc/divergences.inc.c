@@ -632,17 +632,20 @@ INLINE void standardised_by(standardised *s, int64_t l, double sum_of_squares, i
     s->along[l] = deviation == 0 ? 0 : (deviation + eps) / (less * deviation);
 }
 
-/* Z = (z - mean)/(σ + eps) of LANES narrow rows, in place. */
+/* Z = (z - mean)/(σ + eps) of LANES narrow rows, in place.
+ *
+ * The mean is taken of the distances from a row's first score, so that equal scores have no deviation, however large
+ * they are. */
 static void standardise_tile(standardised *s, real *tile, int64_t c, double eps)
 {
     double mean[LANES] ALIGNED = {0}, squares[LANES] ALIGNED = {0};
     for (int64_t j = 0; j < c; j++) {
         SIMD
         for (int l = 0; l < LANES; l++)
-            mean[l] += tile[j * LANES + l];
+            mean[l] += (double)tile[j * LANES + l] - (double)tile[l];
     }
     for (int l = 0; l < LANES; l++)
-        mean[l] /= (double)c;
+        mean[l] = tile[l] + mean[l] / (double)c;
     for (int64_t j = 0; j < c; j++) {
         SIMD
         for (int l = 0; l < LANES; l++) {
@@ -662,10 +665,21 @@ static void standardise_tile(standardised *s, real *tile, int64_t c, double eps)
 /* The same of a wide row, from z to Z; what it was made with goes to the first lane. */
 static void standardise_row(standardised *s, real *standard, const real *z, int64_t c, double eps)
 {
-    const double mean = sum(z, c) / (double)c;
+    const double first = z[0];
     double lane[LANES] ALIGNED = {0}, rest = 0;
     int64_t j = 0;
     for (; j + LANES <= c; j += LANES) {
+        SIMD
+        for (int l = 0; l < LANES; l++)
+            lane[l] += z[j + l] - first;
+    }
+    for (; j < c; j++)
+        rest += z[j] - first;
+    const double mean = first + (across(lane) + rest) / (double)c;
+    for (int l = 0; l < LANES; l++)
+        lane[l] = 0;
+    rest = 0;
+    for (j = 0; j + LANES <= c; j += LANES) {
         SIMD
         for (int l = 0; l < LANES; l++) {
             const double centred = z[j + l] - mean;

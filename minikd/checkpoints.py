@@ -10,14 +10,16 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minikd.errors import ArgumentError, ModelFormatError, OutputError
+from minikd.locks import NAME as LOCK
+from minikd.locks import only_writer
 from minikd.safetensors import read_tensors, write_tensors
 
 __all__ = ["Checkpoint", "Checkpoints"]
@@ -25,6 +27,8 @@ __all__ = ["Checkpoint", "Checkpoints"]
 FORMAT = "minikd checkpoint 1"
 SUFFIX = ".safetensors"
 UNDER_WAY = "training"  # the name of the file for the training that is not finished
+WHERE = "checkpoints"
+AT_IT = "Wait until it ends, or name another place."
 PAUSE = 0.1  # seconds, which nobody misses; small networks have fifty epochs in that time
 
 
@@ -55,6 +59,16 @@ class Checkpoint:
         self._places = (path, path.with_name(f"{path.stem}.next{path.suffix}"))
         self._latest: Path | None = None
         self._pause, self._kept = pause, -math.inf  # the time of the last checkpoint
+
+    def alone(self) -> AbstractContextManager[None]:
+        """While this is held, no other training keeps its state in the file; a `Training` holds it while it runs.
+
+        Raises
+        ------
+        OutputError : another one does, or the folder cannot be written.
+        """
+        path = self._places[0]
+        return only_writer(path.parent, WHERE, AT_IT, writer="training", file=path.name)
 
     def keep(self, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         """Write the state, then remove the one before.
@@ -110,6 +124,18 @@ class Checkpoints:
         self.folder, self._every, self._run = Path(folder), every, run
         Checkpoint(folder, every=every)  # which refuses a wrong number
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this is held, no other run keeps anything in the folder.
+
+        Raises
+        ------
+        OutputError : another one does, or the folder cannot be made or written.
+        """
+        self._make()
+        with only_writer(self.folder, WHERE, AT_IT, writer="run"):
+            yield
+
     def training(self, name: str) -> Checkpoint:
         """Where the training of this name keeps its state while it is under way."""
         self._make()
@@ -149,8 +175,9 @@ class Checkpoints:
             self.folder.rmdir()
 
     def _files(self) -> Sequence[Path]:
-        """Checkpoints, and what a killed process left half-written."""
-        return [*self.folder.glob(f"*{SUFFIX}"), *self.folder.glob(f".*{SUFFIX}.*.part")]
+        """Checkpoints, and what a killed process left: files half-written, and locks that nobody holds."""
+        left = (f".*{SUFFIX}.*.part", LOCK, f".*{SUFFIX}{LOCK}")
+        return [path for pattern in (f"*{SUFFIX}", *left) for path in self.folder.glob(pattern)]
 
     def _path(self, name: str) -> Path:
         return self.folder / (re.sub(r"[^\w.]+", "-", name).strip("-") + SUFFIX)
@@ -161,7 +188,7 @@ class Checkpoints:
         except OSError as error:
             fix, got = "Name another one.", error.strerror or str(error)
             expected = "a folder that can be made"
-            raise OutputError("checkpoints", str(self.folder), expected=expected, got=got, fix=fix) from error
+            raise OutputError(WHERE, str(self.folder), expected=expected, got=got, fix=fix) from error
 
 
 def write(

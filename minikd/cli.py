@@ -559,9 +559,9 @@ def _in_words(error: Exception) -> str:
 
 @contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """A polite request to end keeps what is complete, as Ctrl-C does."""
+    """A polite request to end keeps what is complete, as Ctrl-C does, even where a shell has switched that off."""
     try:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # not the main thread: somebody else's program, and its own signals
         yield
         return

@@ -17,6 +17,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -253,11 +254,17 @@ class Experiment:
         return (len(self.situations) * (links + self.alone) + own_teacher) * len(s.seeds)
 
     def run(self) -> None:
-        """Train everything; an exception or Ctrl-C passes through, and `result` then holds what was complete."""
+        """Train everything; an exception or Ctrl-C passes through, and `result` then holds what was complete.
+
+        Raises
+        ------
+        OutputError : another run keeps its models in the folder of `keep_in`.
+        """
         self._started = time.monotonic()
         try:
-            for seed in self.settings.seeds:
-                self._run_seed(seed)
+            with nullcontext() if self._checkpoints is None else self._checkpoints.alone():
+                for seed in self.settings.seeds:
+                    self._run_seed(seed)
         finally:
             self._seconds = time.monotonic() - self._started
 

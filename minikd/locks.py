@@ -20,56 +20,58 @@ else:
 
 NAME = ".lock"
 HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what the system says of a lock that another process has
-_HERE: set[Path] = set()  # folders that this process writes to: the system's locks are between processes alone
+_HERE: set[Path] = set()  # locks that this process holds: the system's locks are between processes alone
 _GUARD = threading.Lock()
 
 
 @contextmanager
-def only_writer(folder: Path, where: str, fix: str, *, writer: str = "writer") -> Iterator[None]:
+def only_writer(
+    folder: Path, where: str, fix: str, *, writer: str = "writer", file: str | None = None
+) -> Iterator[None]:
     """Hold the folder's lock; OutputError that names the process if another holds it, or this one does already.
 
     Parameters
     ----------
     where, fix : of that error: what was being done, and what may be done instead.
     writer : what may write to the folder one at a time, in a word.
+    file : of the folder, whose lock is held in place of that of the folder as a whole.
 
     A file system that has no locks is written to without one.
     """
-    place = folder.resolve()
+    place = folder.resolve() / (NAME if file is None else f".{file}{NAME}")
 
     def taken(holder: str) -> OutputError:
-        expected = f"written to by one {writer} at a time"
-        return OutputError(where, str(folder), expected=expected, got=f"{holder}, which is at it", fix=fix)
+        subject, expected = str(folder / (file or "")), f"written to by one {writer} at a time"
+        return OutputError(where, subject, expected=expected, got=f"{holder}, which is at it", fix=fix)
 
     with _GUARD:
         if place in _HERE:
             raise taken("a write in this process")
         _HERE.add(place)
     try:
-        descriptor, holder = _locked(folder, where)
+        descriptor, holder = _locked(place, where)
         if descriptor is None:
             raise taken(holder)
         try:
             yield
         finally:
             with suppress(OSError):  # where an open file cannot be deleted, it stays, and means nothing
-                (folder / NAME).unlink()
+                place.unlink()
             os.close(descriptor)
     finally:
         with _GUARD:
             _HERE.discard(place)
 
 
-def _locked(folder: Path, where: str) -> tuple[int | None, str]:
-    """An open, locked file in the folder that says who holds it; or None, and who does."""
-    path = folder / NAME
+def _locked(path: Path, where: str) -> tuple[int | None, str]:
+    """The file, open and locked, which says who holds it; or None, and who does."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             fix = "Choose a folder that you may write to."
             expected = "a folder that can be written"
-            raise OutputError(where, str(folder), expected=expected, got=str(error), fix=fix) from error
+            raise OutputError(where, str(path.parent), expected=expected, got=str(error), fix=fix) from error
         if not _try(descriptor):
             holder = os.pread(descriptor, 200, 0).decode(errors="replace") if sys.platform != "win32" else ""
             os.close(descriptor)

@@ -55,9 +55,13 @@ def place_all(sizes: Sequence[int], spans: Sequence[Span]) -> tuple[list[int], i
     return offsets, max((o + s for o, s in zip(offsets, sizes, strict=True)), default=0)
 
 
-def aligned(size: int) -> int:
-    """`size` bytes in whole lines."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def room_of(size: int) -> int:
+    """What `size` bytes take up: whole lines, of which the last byte stays free, so that no piece touches the next.
+
+    NumPy 1 takes neighbours that touch for overlapping ones, and then computes powers, exponentials and logarithms by
+    other means, with other last bits than in arrays that lie apart.
+    """
+    return (size // ALIGNMENT + 1) * ALIGNMENT
 
 
 def block_of(size: int, xp: Any = np) -> Any:
@@ -221,7 +225,7 @@ class Plan:
         self.calls, storages = list(recorder.calls), recorder.storages
         wanted = [recorder.place(array) for array in (*results, *lasting)]
         made = [k for k, s in enumerate(storages) if s.kind == MADE]
-        sizes = {k: aligned(storages[k].owner.nbytes) for k in made}
+        sizes = {k: room_of(storages[k].owner.nbytes) for k in made}
         spans = spans_of(self.calls, made, [b.storage for b in wanted])
         separate = sum(sizes[k] for k in spans)
         root = share_in_place(self.calls, spans, sizes)

@@ -12,6 +12,7 @@ Source: the format's description in the safetensors project, version 0.4 and lat
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -19,7 +20,7 @@ import math
 import os
 import secrets
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ def write_tensors(
 ) -> None:
     """Write named arrays and text metadata; the file appears under its name only when it is whole.
 
-    durable : whether it also survives a power cut, which takes some milliseconds.
+    durable : whether it also survives a power cut, which takes some ten milliseconds.
     seal : whether the metadata get the file's `sha256`, which `read` compares.
 
     Raises
@@ -103,21 +104,64 @@ def _head(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> bytes:
 
 
 def write_whole(path: Path, *pieces: bytes | memoryview, durable: bool = True) -> None:
-    """Write a file under a temporary name beside it and rename it, so that nobody ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    """Write a file under a temporary name beside it and rename it, so that nobody ever sees half of it.
+
+    durable : whether the file, and its new name, also survive a power cut. That forces two writes to the disk: some ten
+        milliseconds. What is written many times a second does without.
+
+    Raises
+    ------
+    OutputError : it cannot be written; what was there before is there still.
+    """
+    write_together({path: pieces}, durable=durable)
+
+
+def write_together(files: Mapping[Path, Sequence[bytes | memoryview]], *, durable: bool = True) -> None:
+    """Write files that belong together: none gets its name before all are written, as `write_whole` does with one.
+
+    So a full disk leaves all the former ones. A kill between two renames leaves both kinds, each of them whole.
+    """
+    parts: dict[Path, Path] = {}
+    path = Path()
     try:
         try:
-            with temporary.open("xb") as file:
-                file.writelines(pieces)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            temporary.replace(path)
+            for path, pieces in files.items():
+                parts[path] = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+                with parts[path].open("xb") as file:
+                    file.writelines(pieces)
+                    if durable:
+                        file.flush()
+                        os.fsync(file.fileno())
+            for path, part in parts.items():
+                part.replace(path)
+            if durable:
+                for folder in dict.fromkeys(path.parent for path in parts):
+                    _keep_names(folder)
         finally:
-            temporary.unlink(missing_ok=True)
+            for part in parts.values():
+                part.unlink(missing_ok=True)
     except OSError as error:
         fix = "Choose a folder that exists and that you may write to, on a disk with room."
         raise OutputError("save", str(path), expected="a file that can be written", got=str(error), fix=fix) from error
+
+
+# What a system says that does not do this: a file system without it, a folder that may not be read.
+_CANNOT_KEEP = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+
+
+def _keep_names(folder: Path) -> None:
+    """Force the folder's list of names to the disk, without which a rename may be lost in a power cut."""
+    if os.name != "posix":  # Windows opens no folders, and keeps its names by itself
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_KEEP:
+            raise
 
 
 # --- reading ---

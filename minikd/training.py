@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -70,6 +71,9 @@ class Keeper(Protocol):
     """What keeps a training's state somewhere safe (`minikd.checkpoints.Checkpoint`, for one).
 
     every : steps between two calls of `keep`; 0 for each epoch's end.
+
+    One that has a method `alone()` is held by the context manager that it gives, while a training runs: so that no two
+    trainings keep their states in one place.
     """
 
     every: int
@@ -263,7 +267,14 @@ class Training:
         Raises
         ------
         DivergenceError : a loss or a weight is no longer finite; the model has the weights from before that step.
+        OutputError : another training keeps its state where this one's keeper does, or it cannot be written there.
         """
+        with getattr(self._keeper, "alone", nullcontext)():
+            self._run(epochs)
+        _warn_of_slow_steps(self._take)
+        return self
+
+    def _run(self, epochs: int | None) -> None:
         kept = None if self._keeper is None else self._keeper.kept()
         if kept is not None:
             self.restore(*kept)
@@ -275,9 +286,7 @@ class Training:
                 self._run_epoch(batches)
         if self._best is not None and (self.step == self.steps or self.stopped_early):
             self._opt.arena.values[...] = here_too(self._best_values, self._opt.arena.values)
-        _warn_of_slow_steps(self._take)
         self.model.eval()
-        return self
 
     def _batches(self, start: int) -> Iterator[np.ndarray]:
         """The batches from this step on."""

@@ -62,6 +62,101 @@ def softmax(x: Any, t: float) -> Any:
     return np.exp(log_softmax(x, t))
 
 
+def kl(log_q: Any, log_p: Any) -> Any:
+    """KL(q ‖ p) of each row, where a class with q = 0 adds nothing."""
+    q = np.exp(log_q)
+    return np.maximum(np.where(q == 0, q, q * (log_q - log_p)).sum(axis=1), 0)
+
+
+def in_doubles(*rows: Any) -> tuple[Any, ...]:
+    return tuple(x.astype(np.float64) for x in rows)
+
+
+def reverse_kl(student: Any, teacher: Any, t: float) -> Any:
+    log_p, log_q = (log_softmax(z, t) for z in in_doubles(student, teacher))
+    rows, p = kl(log_p, log_q), np.exp(log_p)
+    slope = np.where(p == 0, 0 * log_q.max(axis=1, keepdims=True), log_p - log_q)
+    gradient = p * (slope - np.where(p == 0, 0, p * slope).sum(axis=1, keepdims=True))
+    return t * t * rows.mean(), (t / len(p) * gradient).astype(student.dtype)
+
+
+def jensen_shannon(student: Any, teacher: Any, t: float, beta: float, share: float | None = None) -> Any:
+    share = beta if share is None else share
+    log_p, log_q = (log_softmax(z, t) for z in in_doubles(student, teacher))
+    p, q = np.exp(log_p), np.exp(log_q)
+    m = share * q + (1 - share) * p
+    log_m = np.log(m)
+    rows = beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+    slope = (1 - beta) * (log_p - log_m) - (1 - share) * (beta * q + (1 - beta) * p) / m
+    slope = np.where(p == 0, 0, slope)
+    gradient = p * (slope - (p * slope).sum(axis=1, keepdims=True))
+    return t * t * rows.mean(), (t / len(p) * gradient).astype(student.dtype)
+
+
+def apart(z: Any, hot: Any, t: float) -> tuple[Any, Any]:
+    """Logarithms of the target's probability and of its complement, and of softmax among the other classes."""
+    others = np.where(hot, -np.inf, z)
+    log_p = log_softmax(others, t)
+    logit = (z[hot] - others.max(axis=1)) / t + log_p.max(axis=1)
+    return -np.logaddexp(0, np.stack([-logit, logit], axis=1)), log_p
+
+
+def decoupled_kd(
+    student: Any, teacher: Any, target: Any, t: float, alpha: float, beta: float, taken_apart: Any = apart
+) -> Any:
+    real, labelled = student.dtype, target != -100
+    student, teacher = in_doubles(student, teacher)
+    hot = np.arange(student.shape[1]) == np.where(labelled, target, 0)[:, None]
+    (two_p, log_p), (two_q, log_q) = taken_apart(student, hot, t), taken_apart(teacher, hot, t)
+    p, rows, gradient = np.exp(log_p), np.zeros(len(student)), np.zeros_like(student)
+    if alpha:
+        move = (np.exp(two_p) - np.exp(two_q))[:, :1]
+        rows, gradient = rows + alpha * kl(two_q, two_p), alpha * np.where(hot, move, -move * p)
+    if beta:
+        rows, gradient = rows + beta * kl(log_q, log_p), gradient + beta * (p - np.exp(log_q))
+    broken = np.isnan(log_softmax(student)).any(axis=1) | np.isnan(log_softmax(teacher)).any(axis=1)
+    rows = np.where(labelled, np.where(broken, np.nan, rows), 0)
+    gradient = np.where(labelled[:, None], np.where(broken[:, None], np.nan, gradient), 0)
+    count = max(int(labelled.sum()), 1)
+    return t * t * rows.sum() / count, (t / count * gradient).astype(real)
+
+
+def standardised_kl(
+    student: Any, teacher: Any, t: float, less: int = 1, eps: float = 1e-7, through_deviation: bool = True
+) -> Any:
+    def standardised(z: Any) -> tuple[Any, Any]:
+        z = z - z.mean(axis=1, keepdims=True)
+        deviation = np.sqrt((z * z).sum(axis=1, keepdims=True) / (z.shape[1] - less))
+        return z / (deviation + eps), deviation
+
+    real = student.dtype
+    (z, deviation), (z_t, _) = (standardised(x) for x in in_doubles(student, teacher))
+    rows, g = soft_term(z, z_t, t)
+    along = (g * z).sum(axis=1, keepdims=True) * (deviation + eps) / (z.shape[1] - less)
+    along = np.where(deviation == 0, 0, along / np.where(deviation == 0, 1, deviation)) * through_deviation
+    gradient = (g - g.mean(axis=1, keepdims=True) - z * along) / (deviation + eps)
+    return t * t * rows.mean(), (t / len(z) * gradient).astype(real)
+
+
+ROWS = 4  # of a chunk
+
+
+def linear_distillation_loss(
+    hidden: Any, weight: Any, bias: Any, teacher: Any, target: Any, t: float, hard: float, soft: float
+) -> Any:
+    n, labelled = len(hidden), 0 if target is None else max(int((target != -100).sum()), 1)
+    loss, rows, of_weight, of_bias = 0.0, np.empty_like(hidden), np.zeros_like(weight), np.zeros_like(bias)
+    for start in range(0, n, ROWS):
+        part = slice(start, start + ROWS)
+        h, y = hidden[part], None if target is None else target[part]
+        own = hard * int((y != -100).sum()) / labelled if y is not None else 0.0
+        value, g = distillation_loss(h @ weight.T + bias, teacher[part], y, t, own, soft * len(h) / n)
+        loss, rows[part] = loss + value, g @ weight
+        of_weight += g.T @ h
+        of_bias += g.sum(axis=0)
+    return loss, rows, of_weight, of_bias
+
+
 # --- one mistake each ---
 
 
@@ -184,6 +279,89 @@ def negative_label_from_the_end(logits: Any, target: Any) -> Any:
     return hard_term(logits, target)
 
 
+def target_among_the_others(student: Any, teacher: Any, target: Any, t: float, alpha: float, beta: float) -> Any:
+    def taken_apart(z: Any, hot: Any, t: float) -> tuple[Any, Any]:
+        return apart(z, hot, t)[0], log_softmax(z, t)
+
+    loss, gradient = decoupled_kd(student, teacher, target, t, alpha, 0.0)
+    others, slope = decoupled_kd(student, teacher, target, t, 0.0, beta, taken_apart)
+    return loss + others, gradient + slope
+
+
+def others_pushed_down(student: Any, teacher: Any, target: Any, t: float, alpha: float, beta: float) -> Any:
+    def taken_apart(z: Any, hot: Any, t: float) -> tuple[Any, Any]:
+        return apart(z, hot, t)[0], log_softmax(z / t - 1000.0 * hot)
+
+    return decoupled_kd(student, teacher, target, t, alpha, beta, taken_apart)
+
+
+def alpha_and_beta_exchanged(student: Any, teacher: Any, target: Any, t: float, alpha: float, beta: float) -> Any:
+    return decoupled_kd(student, teacher, target, t, beta, alpha)
+
+
+def decoupled_without_t_squared(student: Any, teacher: Any, target: Any, t: float, alpha: float, beta: float) -> Any:
+    return decoupled_kd(student, teacher, target, t, alpha / t**2, beta / t**2)
+
+
+def decoupled_counts_all_rows(student: Any, teacher: Any, target: Any, t: float, alpha: float, beta: float) -> Any:
+    loss, gradient = decoupled_kd(student, teacher, target, t, alpha, beta)
+    share = (target != -100).sum() / len(target)
+    return loss * share, gradient * student.dtype.type(share)
+
+
+def deviation_of_a_population(student: Any, teacher: Any, t: float) -> Any:
+    return standardised_kl(student, teacher, t, less=0)
+
+
+def without_epsilon(student: Any, teacher: Any, t: float) -> Any:
+    return standardised_kl(student, teacher, t, eps=0.0)
+
+
+def deviation_is_a_constant(student: Any, teacher: Any, t: float) -> Any:
+    return standardised_kl(student, teacher, t, through_deviation=False)
+
+
+def mixture_of_the_other_weight(student: Any, teacher: Any, t: float, beta: float) -> Any:
+    return jensen_shannon(student, teacher, t, beta, share=1 - beta)
+
+
+def mixture_of_halves(student: Any, teacher: Any, t: float, beta: float) -> Any:
+    return jensen_shannon(student, teacher, t, beta, share=0.5)
+
+
+def forward_for_reverse(student: Any, teacher: Any, t: float) -> Any:
+    return distillation_loss(student, teacher, None, t, 0.0, 1.0)
+
+
+def reverse_for_forward(student: Any, teacher: Any, target: Any, t: float, hard: float, soft: float) -> Any:
+    loss, gradient = distillation_loss(student, teacher, target, t, hard, 0.0)
+    value, slope = reverse_kl(student, teacher, t) if soft else (0.0, 0.0 * gradient)
+    return loss + soft * value, gradient + student.dtype.type(soft) * slope
+
+
+def leaves_out_the_last_chunk(hidden: Any, *rest: Any) -> Any:
+    weight, bias, teacher, target, t, hard, soft = rest
+    n, whole = len(hidden), len(hidden) // ROWS * ROWS
+    labelled = [0, 1] if target is None else [(target[:k] != -100).sum() for k in (whole, n)]
+    shares = hard * labelled[0] / max(labelled[1], 1), soft * whole / n
+    y, rows = None if target is None else target[:whole], np.zeros_like(hidden)
+    if not whole:
+        return 0.0, rows, np.zeros_like(weight), np.zeros_like(bias)
+    kept = linear_distillation_loss(hidden[:whole], weight, bias, teacher[:whole], y, t, *shares)
+    rows[:whole] = kept[1]
+    return kept[0], rows, *kept[2:]
+
+
+def chunk_overwrites_the_weight_gradient(hidden: Any, *rest: Any) -> Any:
+    weight, bias, teacher, target, t, hard, soft = rest
+    loss, rows, _, of_bias = linear_distillation_loss(hidden, *rest)
+    n, last = len(hidden), slice((len(hidden) - 1) // ROWS * ROWS, None)
+    y, labelled = (None, 1) if target is None else (target[last], max((target != -100).sum(), 1))
+    shares = 0.0 if y is None else hard * (y != -100).sum() / labelled, soft * len(hidden[last]) / n
+    of_weight = linear_distillation_loss(hidden[last], weight, bias, teacher[last], y, t, *shares)[2]
+    return loss, rows, of_weight, of_bias
+
+
 class Buggy(NamedTuple):
     """A kernel, its contract, and the words that the report must hold."""
 
@@ -216,6 +394,20 @@ BUGGY = (
     Buggy("gelu", gelu_by_tanh, ("the approximation by tanh is computed",)),
     Buggy("adam_step", adam_without_correction, ("not corrected for their start at 0",)),
     Buggy("cross_entropy", negative_label_from_the_end, ("label -1 of 3 classes",), ("refusals",)),
+    Buggy("decoupled_kd", target_among_the_others, ("the target stays in the softmax of the other classes",)),
+    Buggy("decoupled_kd", others_pushed_down, ("the target is pushed down by 1000", "logits of ±1e30")),
+    Buggy("decoupled_kd", alpha_and_beta_exchanged, ("alpha and beta are exchanged",)),
+    Buggy("decoupled_kd", decoupled_without_t_squared, ("the factor T² is missing",)),
+    Buggy("decoupled_kd", decoupled_counts_all_rows, ("a row without a label feels nothing", "counted in the mean")),
+    Buggy("standardised_kl", deviation_of_a_population, ("the deviation is that of a population",)),
+    Buggy("standardised_kl", without_epsilon, ("eps is missing", "standardised to 0, not to NaN")),
+    Buggy("standardised_kl", deviation_is_a_constant, ("the gradient does not flow through the deviation",)),
+    Buggy("jensen_shannon", mixture_of_the_other_weight, ("the mixture has 1 - beta of the teacher",)),
+    Buggy("jensen_shannon", mixture_of_halves, ("the mixture is half and half",)),
+    Buggy("reverse_kl", forward_for_reverse, ("the forward KL is taken",)),
+    Buggy("distillation_loss", reverse_for_forward, ("the reverse KL is taken",)),
+    Buggy("linear_distillation_loss", leaves_out_the_last_chunk, ("behind the last whole chunk are left out",)),
+    Buggy("linear_distillation_loss", chunk_overwrites_the_weight_gradient, ("each chunk overwrites the gradients",)),
 )
 
 RIGHT = {
@@ -224,4 +416,9 @@ RIGHT = {
     "kl_div": kl_div,
     "cross_entropy": hard_term,
     "distillation_loss": distillation_loss,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+    "decoupled_kd": decoupled_kd,
+    "standardised_kl": standardised_kl,
+    "linear_distillation_loss": linear_distillation_loss,
 }

@@ -1,11 +1,17 @@
-"""What all tests share: Hypothesis profiles, names for the plugin's fixtures, and a check of what a test leaves."""
+"""What all tests share: Hypothesis profiles, names for the plugin's fixtures, and a check of what a test leaves.
+
+They may run in several processes at once (`pytest -n 2`, of pytest-xdist).
+"""
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -30,6 +36,50 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 # Where minikd is installed, pytest has found its plugin already.
 _INSTALLED = any(point.name == "minikd" for point in importlib.metadata.entry_points(group="pytest11"))
 pytest_plugins = [] if _INSTALLED else ["minikd.testing.plugin"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Beside others, each worker's BLAS keeps to one thread: on one processor two of them wait for each other."""
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers, which are not there yet, inherit it
+
+
+def pytest_collection_finish() -> None:
+    """Take modules and collected tests out of Python's garbage collections, which many tests ask for."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Give them back to a process that goes on."""
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def made_once(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder by its name, filled by whichever worker wants it first; the others wait, and take it as it is."""
+
+    def made(name: str, fill: Callable[[Path], object]) -> Path:
+        if not hasattr(request.config, "workerinput"):
+            folder = tmp_path_factory.mktemp(name)
+            fill(folder)
+            return folder
+        import fcntl
+
+        shared = tmp_path_factory.getbasetemp().parent  # of all workers of this session
+        folder, whole = shared / name, shared / f"{name}-is-whole"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                whole.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture

@@ -329,8 +329,18 @@ def wrong_value(folder: Path) -> list[str]:
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_wrong_input_gets_a_message_and_code_2_and_no_traceback(make: Any, messages: list[str], tmp_path: Path) -> None:
-    refused(minikd("distill", *SMALL, *make(tmp_path), cwd=tmp_path), *messages)
+def test_wrong_input_gets_a_message_and_code_2_and_no_traceback(
+    make: Any, messages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = cli.main(["distill", *SMALL, *make(tmp_path)])
+    out, err = capsys.readouterr()
+    refused(subprocess.CompletedProcess([], code, out, err), *messages)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wrong_input_is_refused_by_the_command_as_it_is_started_from_a_shell(tmp_path: Path) -> None:
+    refused(minikd("distill", *SMALL, *wrong_shape(tmp_path), cwd=tmp_path), "shape.npz: y must be one label for each")
     assert not (tmp_path / "runs").exists()
 
 
@@ -432,6 +442,28 @@ def test_a_second_ctrl_c_ends_at_once(
     monkeypatch.setattr(cli, "draw", interrupt)
     assert cli.main(["distill", "--out", str(tmp_path / "run")]) == 130
     assert capsys.readouterr().err == "\nminikd distill: interrupted.\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals of POSIX")
+def test_a_request_to_end_is_heeded_where_ctrl_c_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is in what a shell's script starts in the background."""
+    asked = []
+
+    def train(experiment: Any) -> None:
+        asked.append(experiment)
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("the training goes on")
+
+    monkeypatch.setattr(cli.Experiment, "run", train)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert cli.main(["distill", *SMALL, "--quiet", "--out", str(tmp_path / "run")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(asked) == 1
+    assert "minikd distill: interrupted." in capsys.readouterr().err
 
 
 # --- where it writes to ---
@@ -565,7 +597,7 @@ def test_the_folder_for_the_results_can_stand_in_the_configuration(tmp_path: Pat
     config = tmp_path / "run.toml"
     settings = ["seeds = [0]", "epochs = 1", "teacher_epochs = 1", "labels = 0", f'out = "{tmp_path / "mine"}"']
     config.write_text("\n".join(settings), "utf-8")
-    done = minikd("distill", "--config", str(config), cwd=tmp_path)
+    done = minikd("distill", "--config", str(config), cwd=tmp_path, without=("matplotlib",))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "mine" / "report.json").exists()
     assert "\nout =" not in (tmp_path / "mine" / "config.toml").read_text("utf-8")

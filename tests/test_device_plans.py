@@ -584,7 +584,11 @@ def stacks(s: Setting, steps: int, rows: int = N) -> list[Any]:
     return [np.stack([to_host(x) for x in column]) for column in zip(*batches, strict=True)]
 
 
-def test_an_epoch_is_its_steps_and_its_losses_are_one_array_on_the_device(cupy: Any) -> None:
+@pytest.mark.parametrize("seconds", [1e9, 1e-9])  # of a portion: all that are left, or one step
+def test_an_epoch_is_its_steps_and_its_losses_are_one_array_on_the_device(
+    seconds: float, cupy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "SECONDS_A_CALL", seconds)
     eager, s = Setting(), Setting()
     step = kd.compile(s.step)
     seen: list[int] = []
@@ -596,7 +600,7 @@ def test_an_epoch_is_its_steps_and_its_losses_are_one_array_on_the_device(cupy: 
     wanted = [eager.step(*eager.batch(seed)).item() for seed in range(7)]
     assert to_host(losses).tolist() == wanted
     assert s.state == eager.state
-    assert seen[-1] == 7
+    assert seen == ([1, 2, 3, 7] if seconds > 1 else [1, 2, 3, 4, 5, 6, 7])
     assert len(step.plans) == 1
 
 

@@ -399,6 +399,18 @@ def test_a_row_without_an_answer_is_nan_and_touches_no_other(name: str, dtype: A
 
 
 @on_each_backend
+@each_float
+@pytest.mark.parametrize("c", [3, 6, 130])
+def test_scores_that_are_all_equal_have_no_deviation_however_large_they_are(dtype: Any, c: int) -> None:
+    teacher = random_logits(22, 2, c).astype(dtype)
+    small, large = (
+        F.standardised_kl(np.full((2, c), score, dtype), teacher, return_grad=True) for score in (5.0, 1e30)
+    )
+    for a, b in zip(small, large, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@on_each_backend
 def test_a_ruled_out_class_leaves_a_row_without_a_mean_to_standardise_by() -> None:
     student, teacher = random_logits(23, 2, 4), random_logits(24, 2, 4)
     student[0, 1] = teacher[0, 1] = -np.inf

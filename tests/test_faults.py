@@ -5,17 +5,21 @@ MINIKD_KILLS and MINIKD_REPLAYS make two of these tests longer; the long runs ha
 
 from __future__ import annotations
 
+import ast
+import errno
 import json
 import os
 import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +28,17 @@ import pytest
 
 import minikd as kd
 from minikd.checkpoints import Checkpoint, Checkpoints
+from minikd.distillation import Experiment
 from minikd.errors import DataError, OutputError
 from minikd.export.c import to_c
+from minikd.export.int8_file import save_int8
 from minikd.export.network import Network
+from minikd.export.quantise import quantise
 from minikd.locks import only_writer
 from minikd.nn import MLP
 from minikd.report import RunFolder
-from minikd.safetensors import write_tensors, write_whole
+from minikd.report.tensorboard import write_events
+from minikd.safetensors import write_tensors, write_together, write_whole
 from minikd.settings import Settings
 from minikd.store.manifest import shard_path
 from minikd.training import StepReport, Training
@@ -58,7 +66,7 @@ def child(code: str, *arguments: str | Path, before: tuple[str, ...] = (), timeo
 
 # Everything that writes, twice: what is there before is there afterwards, whole, where the second time fails.
 DISK = """
-import json, os, resource, subprocess, sys
+import importlib.util, json, os, resource, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,12 +74,15 @@ import numpy as np
 
 import minikd as kd
 from minikd.checkpoints import Checkpoint, Checkpoints
-from minikd.distillation import DistillResult
 from minikd.errors import MinikdError
 from minikd.export.c import to_c
+from minikd.export.int8_file import save_int8
 from minikd.export.network import Network
+from minikd.export.onnx import to_onnx
+from minikd.export.quantise import quantise
 from minikd.nn import MLP
 from minikd.report import RunFolder
+from minikd.report.tensorboard import write_events
 from minikd.settings import Settings
 
 disk, trouble = Path(sys.argv[1]), sys.argv[2]
@@ -120,6 +131,13 @@ def checkpoint(place, k):
     Checkpoint(place / "state.safetensors").keep({"values": np.full(9, k)}, {"step": k})
 
 
+def network(k):
+    return Network.of(MLP([3, 4, 2], seed=k))
+
+
+def in_int8(k):
+    return quantise(network(k), np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32))
+
 
 WRITERS = {
     "model": lambda place, k: kd.save(place / "m.safetensors", MLP([3, 4, 2], seed=k)),
@@ -128,8 +146,18 @@ WRITERS = {
     "run": lambda place, k: RunFolder(place, overwrite=True).begin(Settings(lr=k + 1.0)),
     "results": lambda place, k: RunFolder(place).write_results(results[k]),
     "store": lambda place, k: kd.store.write(place, Told(k * 10), np.zeros((30, 2)), rows_per_shard=9, overwrite=True),
-    "c": lambda place, k: to_c(Network.of(MLP([3, 4, 2], seed=k)), place),
+    "c": lambda place, k: to_c(network(k), place),
+    "c in int8": lambda place, k: to_c(network(k), place, quantised=in_int8(k)),
+    "int8": lambda place, k: save_int8(place / "m.safetensors", in_int8(k)),
+    "events": lambda place, k: write_events(place, results[k].history[: 4 + k]),
 }
+for package, name, write in (
+    ("onnx", "onnx", lambda place, k: to_onnx(network(k), place / "m.onnx")),
+    ("onnx", "onnx in int8", lambda place, k: to_onnx(in_int8(k), place / "m.onnx")),
+    ("matplotlib", "pictures", lambda place, k: RunFolder(place).write_pictures(results[k])),
+):
+    if importlib.util.find_spec(package):
+        WRITERS[name] = write
 results = [kd.distill((8,), (4,), "digits", teacher_epochs=1, epochs=1, seeds=(k,)) for k in (0, 1)]
 
 
@@ -181,7 +209,7 @@ def test_a_write_that_fails_leaves_the_former_files_whole_and_says_why(
 ) -> None:
     before = () if trouble == "limited" else request.getfixturevalue("mounts")
     told = json.loads(child(DISK, tmp_path, trouble, before=before))
-    assert len(told) == 7
+    assert len(told) == 10 + 2 * bool(find_spec("onnx")) + bool(find_spec("matplotlib"))
     for name, words in told.items():
         assert words.startswith("OutputError: "), (name, words)
         assert CAUSES[trouble] in words, (name, words)
@@ -260,6 +288,9 @@ def test_a_run_and_a_labelling_that_ran_out_of_room_go_on_when_there_is_some(
     assert re.match(r"save: shard \d+ \(rows \d+ to \d+\): .*/store/shard-\d+\.logits must be", label)
 
 
+EPOCHS = [{"seed": 0, "situation": "", "model": "student", "epoch": 1, "loss": 0.5, "lr": 0.1, "terms": []}]
+
+
 def writers(place: Path) -> dict[str, Callable[[], object]]:
     model = MLP([3, 4, 2], seed=0)
     return {
@@ -270,6 +301,9 @@ def writers(place: Path) -> dict[str, Callable[[], object]]:
         "store": lambda: kd.store.write(place, kd.as_teacher(model), np.zeros((3, 3), np.float32)),
         "c": lambda: to_c(Network.of(model), place),
         "tensors": lambda: write_tensors(place / "t.safetensors", {}, {}),
+        "int8": lambda: save_int8(place / "m.safetensors", quantise(Network.of(model), np.eye(3, dtype=np.float32))),
+        "events": lambda: write_events(place, EPOCHS),
+        "training": lambda: trained(1, keeper=Checkpoint(place / "state.safetensors")).run(),
     }
 
 
@@ -282,7 +316,170 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, name: str) -> 
     assert (tmp_path / "taken").read_text() == "a file"
 
 
-# --- a kill in mid-write ---
+@posix
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="needs a user whom permissions bind, not root")
+@pytest.mark.parametrize("name", writers(Path()))
+def test_a_folder_that_may_not_be_written_to_is_named(tmp_path: Path, name: str) -> None:
+    place = tmp_path / "locked"
+    place.mkdir(mode=0o500)
+    with pytest.raises(OutputError, match="locked") as refused:
+        writers(place)[name]()
+    assert "Permission denied" in str(refused.value)
+
+
+WRITES_BY_ITSELF = {  # what is written for a compiler, or handed to a process, and thrown away afterwards
+    "minikd/bench/worker.py",
+    "minikd/export/targets.py",
+    "minikd/export/verify.py",
+    "minikd/locks.py",
+    "minikd/safetensors.py",
+}
+
+
+def test_every_file_that_stays_is_written_whole() -> None:
+    package = Path(kd.__file__).parent
+    for path in package.rglob("*.py"):
+        writes = [node.lineno for node in ast.walk(ast.parse(path.read_text("utf-8"))) if _writes(node)]
+        assert bool(writes) == (path.relative_to(package.parent).as_posix() in WRITES_BY_ITSELF), (path, writes)
+
+
+def _writes(node: ast.AST) -> bool:
+    """Whether this is a call that writes a file: by its name, or by a mode of `open`."""
+    if not isinstance(node, ast.Call):
+        return False
+    called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if called in ("write_text", "write_bytes", "tofile", "savez", "savez_compressed", "savefig", "symlink_to"):
+        return not any(isinstance(word.value, ast.Constant) for word in node.keywords if word.arg == "format")
+    modes = [a.value for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
+    by_flag = called == "open" and "O_CREAT" in ast.unparse(node)
+    return by_flag or (
+        called == "open" and any(isinstance(m, str) and re.fullmatch("[rwax+bt]*[wax+][rwax+bt]*", m) for m in modes)
+    )
+
+
+# --- a kill in mid-write, and a power cut ---
+
+
+def noted(monkeypatch: pytest.MonkeyPatch, fails: int = 0) -> list[str]:
+    """What is forced to the disk and what is renamed, in order; with `fails` a folder is refused with this number."""
+    events: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def fsync(descriptor: int) -> None:
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        events.append("folder" if folder else "file")
+        if folder and fails:
+            raise OSError(fails, os.strerror(fails))
+        sync(descriptor)
+
+    def renamed(path: Path, target: Any) -> Any:
+        events.append(f"rename to {Path(target).name}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", renamed)
+    return events
+
+
+@posix
+def test_a_file_and_then_its_new_name_are_forced_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = noted(monkeypatch)
+    write_whole(tmp_path / "a", b"1")
+    assert events == ["file", "rename to a", "folder"]
+    events.clear()
+    write_together({tmp_path / "b": [b"1"], tmp_path / "c": [b"2", b"3"]})
+    assert events == ["file", "file", "rename to b", "rename to c", "folder"]
+    assert (tmp_path / "c").read_bytes() == b"23"
+
+
+def test_what_is_written_many_times_a_second_is_not_forced_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = noted(monkeypatch)
+    Checkpoint(tmp_path / "state.safetensors").keep({}, {"step": 1})
+    assert events == ["rename to state.safetensors"]
+
+
+@posix
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
+def test_a_folder_that_cannot_be_forced_to_the_disk_is_left_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    events = noted(monkeypatch, number)
+    write_whole(tmp_path / "a", b"1")
+    assert events[-1] == "folder"
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
+@posix
+def test_a_disk_that_fails_when_a_name_is_kept_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted(monkeypatch, errno.EIO)
+    with pytest.raises(OutputError, match=r"a must be a file that can be written, got .*Input/output error"):
+        write_whole(tmp_path / "a", b"1")
+
+
+def test_of_files_that_belong_together_none_is_new_where_one_cannot_be_written(tmp_path: Path) -> None:
+    files = {tmp_path / name: [name.encode()] for name in "abc"}
+    write_together(files)
+    (tmp_path / "c").unlink()
+    with pytest.raises(OutputError, match="nowhere"):
+        write_together({tmp_path / "a": [b"new"], tmp_path / "b": [b"new"], tmp_path / "nowhere" / "c": [b"new"]})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"a", "b": b"b"}
+
+
+EXPORTS = """
+import sys
+from pathlib import Path
+from minikd.export.c import to_c
+from minikd.export.network import Network
+from minikd.nn import MLP
+
+networks = [Network.of(MLP([30, 40, 5], seed=k)) for k in (0, 1)]
+for k in range(10**9):
+    to_c(networks[k % 2], sys.argv[1])
+    if k == 0:
+        print("there", flush=True)
+"""
+
+
+@posix
+def test_c_whose_export_is_killed_is_of_one_network_or_is_told_by_the_compiler(tmp_path: Path) -> None:
+    whole = []
+    for k in (0, 1):
+        to_c(Network.of(MLP([30, 40, 5], seed=k)), tmp_path / str(k))
+        whole.append({name: (tmp_path / str(k) / name).read_bytes() for name in ("student.h", "student.c")})
+    moments, place = random.Random(5), tmp_path / "c"
+    for _ in range(KILLS):
+        with subprocess.Popen([sys.executable, "-c", EXPORTS, str(place)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"there\n"
+            time.sleep(moments.uniform(0, 0.1))
+            process.kill()
+        found = {name: (place / name).read_bytes() for name in ("student.h", "student.c")}
+        assert all(data in (whole[0][name], whole[1][name]) for name, data in found.items())
+        assert found in whole or len({seal(data) for data in found.values()}) == 2
+
+
+def seal(source: bytes) -> bytes:
+    """The number by which a header and a source know one another."""
+    (found,) = re.findall(rb"STUDENT_SEAL (?:!= )?(0x[0-9a-f]{8}UL)", source)
+    return bytes(found)
+
+
+@pytest.mark.parametrize("other", ["student.h", "student.c"])
+def test_a_compiler_refuses_c_of_two_exports_in_words(tmp_path: Path, other: str) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    for k in (0, 1):
+        to_c(Network.of(MLP([3, 4, 2], seed=k)), tmp_path / str(k))
+    command = [compiler, "-std=c99", "-c", "student.c", "-o", "student.o"]
+    subprocess.run(command, cwd=tmp_path / "0", check=True)
+    shutil.copy(tmp_path / "1" / other, tmp_path / "0" / other)
+    refused = subprocess.run(command, cwd=tmp_path / "0", capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "this file and student.h are of two exports: copy both files of one" in refused.stderr
+
 
 WRITES = """
 import sys
@@ -450,21 +647,21 @@ def test_a_store_is_read_by_several_threads_at_once(store: kd.store.Store) -> No
 
 
 def seconds_to_ctrl_c(after: float, call: Callable[[Callable[[], None]], object]) -> float:
-    """Send Ctrl-C to a call, which must end as KeyboardInterrupt; how long that took.
+    """Send Ctrl-C to a call, which must end as KeyboardInterrupt; how long it computed until it did.
 
     The call is given a function: so many seconds after it is called, the signal is sent.
     """
     sent: list[float] = []
 
     def send() -> None:
-        sent.append(time.perf_counter())
+        sent.append(time.process_time())
         os.kill(os.getpid(), signal.SIGINT)
 
     before, timer = signal.signal(signal.SIGINT, signal.default_int_handler), threading.Timer(after, send)
     try:
         with pytest.raises(KeyboardInterrupt):
             call(timer.start)
-        return time.perf_counter() - sent[0]
+        return time.process_time() - sent[0]
     finally:
         timer.cancel()
         signal.signal(signal.SIGINT, before)
@@ -512,7 +709,7 @@ def test_ctrl_c_is_heeded_within_an_epoch_and_whole_steps_are_done() -> None:
         step.epoch(rows)
 
     waited = seconds_to_ctrl_c(0.3, epoch)
-    assert waited < 1.0, f"Ctrl-C was heeded after {waited:.2f} s; a call of C takes about 0.05 s"
+    assert waited < 1.0, f"Ctrl-C was heeded after {waited:.2f} s of computing; a call of C takes about 0.05 s"
     done = int(count)
     assert 5 < done < 1_000_000
     again, other, _ = compiled()
@@ -661,8 +858,12 @@ def test_a_run_that_could_not_begin_leaves_its_folder_to_others(tmp_path: Path) 
 LONG = ["--teacher", "8", "--teacher-epochs", "1", "--student", "4", "--epochs", "2", "--seeds", "0-999", "--quiet"]
 
 
+# Without pictures, which take longer than all else.
+COMMAND = "import sys; sys.modules['matplotlib'] = None; from minikd.cli import main; sys.exit(main())"
+
+
 def distill(*arguments: str | Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "minikd", "distill", *map(str, arguments)]
+    command = [sys.executable, "-c", COMMAND, "distill", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(Path(kd.__file__).parents[1])}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -720,6 +921,90 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
     with only_writer(tmp_path, "test", ""):
         pass
     assert not (tmp_path / ".lock").exists()
+
+
+KEEPS = """
+import sys, time
+from pathlib import Path
+
+import numpy as np
+
+from minikd.checkpoints import Checkpoint
+from minikd.distillation import Experiment
+from minikd.nn import MLP
+from minikd.settings import Settings
+from minikd.training import Training
+
+place, how = Path(sys.argv[1]), sys.argv[2]
+
+
+def begun(*_):
+    print("begun", flush=True)
+    time.sleep(600)
+
+
+if how == "run":
+    settings = Settings(teacher=(8,), student=(4,), teacher_epochs=1, epochs=1, seeds=(0,))
+    experiment = Experiment(settings, on_step=begun)
+    experiment.keep_in(place)
+    experiment.run()
+else:
+    keeper = Checkpoint(place / "state.safetensors")
+    x, y = np.ones((60, 2), np.float32), np.zeros(60, int)
+    Training(MLP([2, 3], seed=0), x, y, None, epochs=1, batch_size=30, seed=1, keeper=keeper, on_step=begun).run()
+"""
+
+
+def kept_run(place: Path) -> Experiment:
+    settings = Settings(teacher=(8,), student=(4,), teacher_epochs=1, epochs=1, seeds=(0,), labels=0)
+    experiment = Experiment(settings)
+    experiment.keep_in(place)
+    return experiment
+
+
+@posix
+@pytest.mark.parametrize("how", ["run", "training"])
+def test_of_two_processes_that_keep_checkpoints_in_one_place_one_is_refused_in_words(tmp_path: Path, how: str) -> None:
+    def another() -> Any:
+        if how == "run":
+            return kept_run(tmp_path).run()
+        return trained(1, keeper=Checkpoint(tmp_path / "state.safetensors")).run()
+
+    with subprocess.Popen([sys.executable, "-c", KEEPS, str(tmp_path), how], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        words = rf"must be written to by one {how} at a time, got process {process.pid} on .*Wait until it ends"
+        with pytest.raises(OutputError, match=words):
+            another()
+        process.kill()
+    another()
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_checkpoints_are_removed_with_the_locks_that_a_killed_process_left(tmp_path: Path) -> None:
+    experiment = kept_run(tmp_path / "kept")
+    experiment.run()
+    for left in (".lock", ".training.safetensors.lock", ".training.safetensors.12ab.part"):
+        (tmp_path / "kept" / left).touch()
+    experiment.forget_checkpoints()
+    assert not (tmp_path / "kept").exists()
+
+
+def test_two_trainings_of_one_process_keep_their_states_in_one_file_only_one_after_the_other(tmp_path: Path) -> None:
+    first = trained(2, keeper=Checkpoint(tmp_path / "state.safetensors"))
+    refused: list[str] = []
+
+    def on_step(_: StepReport) -> None:
+        if not refused:
+            with pytest.raises(OutputError, match="by one training at a time, got a write in this process") as told:
+                first.run()
+            refused.append(str(told.value))
+
+    trained(1, keeper=Checkpoint(tmp_path / "state.safetensors"), on_step=on_step).run()
+    trained(1, keeper=Checkpoint(tmp_path / "other.safetensors"), on_step=lambda _: None).run()
+    assert refused
+    first.run(epochs=1)
+    first.run()
 
 
 # --- memory ---

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,6 +115,7 @@ def imported(node: ast.AST, module: str, is_package: bool) -> Iterator[str]:
             yield inner if inner in MODULES or (base == "minikd" and alias.name in LAYERS) else base
 
 
+@cache
 def arrows(module: str) -> list[Arrow]:
     path = MODULES[module]
     tree = ast.parse(path.read_text(encoding="utf-8"))

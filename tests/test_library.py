@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,16 @@ def make(folder: Path, *arguments: str) -> None:
     run("make", "-s", "-j2", "-C", folder, *arguments)
 
 
+def make_everything(folder: Path) -> None:
+    shutil.copytree(CSRC, folder / "csrc", ignore=shutil.ignore_patterns("build"))
+    make(folder / "csrc")
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """A copy of csrc in which everything was made."""
     need("make", "cc")
-    folder = tmp_path_factory.mktemp("library") / "csrc"
-    shutil.copytree(CSRC, folder, ignore=shutil.ignore_patterns("build"))
-    make(folder)
-    return folder
+    return made_once("library", make_everything) / "csrc"
 
 
 def declarations() -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from minikd.distillation import ALONE, DISTILLED, Experiment
 from minikd.errors import ArgumentError, ShapeError
 from minikd.nn import MLP
 from minikd.objectives import HardLabels, Hints, ReverseKL, SoftLabels
+from minikd.report.tensorboard import masked_checksum, write_events
 from minikd.settings import Settings, sizes_from_text
 
 QUICK: dict[str, Any] = {
@@ -293,8 +295,46 @@ def test_balanced_sampling_and_clipping_are_settings() -> None:
 
 
 def test_the_history_can_be_written_as_tensorboard_events(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboardX", reason="needs the extra minikd[tensorboard]")
     command = ["distill", "--quiet", "--seeds", "0", "--epochs", "2", "--teacher-epochs", "2", "--labels", "0"]
     assert cli.main([*command, "--tensorboard", "--out", str(tmp_path / "run")]) == 0
-    events = list((tmp_path / "run" / "tensorboard").rglob("events*"))
-    assert len(events) >= 3, "one for each training"
+    events = list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
+    assert len({path.parent for path in events}) == len(events) == 3, "one for each training"
+
+
+def test_the_checksum_of_event_files_is_that_of_the_standard_masked() -> None:
+    crc = 0xE3069283  # of the nine digits, which every description of CRC-32C names
+    turned = crc >> 15 | crc << 17 & 0xFFFFFFFF
+    assert masked_checksum(b"123456789") == (turned + 0xA282EAD8 & 0xFFFFFFFF).to_bytes(4, "little")
+
+
+def test_event_files_are_read_by_the_format_s_own_messages(tmp_path: Path) -> None:
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2", reason="needs tensorboardX")
+    masked = pytest.importorskip("tensorboardX.record_writer").masked_crc32c
+    rows = [
+        {"seed": seed, "situation": "all labels", "model": "student", "epoch": epoch, "loss": 1 / epoch, "lr": 0.5}
+        | {"validation_accuracy": None, "terms": [{"term": "kl ä", "value": float("nan"), "gradient_share": 0.25}]}
+        for seed in (0, 11)
+        for epoch in (1, 2, 300)
+    ]
+    write_events(tmp_path, rows)
+    write_events(tmp_path, rows[:1])
+    files = {
+        name: sorted((tmp_path / name).iterdir())
+        for name in ("seed-0-all-labels-student", "seed-11-all-labels-student")
+    }
+    assert [len(paths) for paths in files.values()] == [2, 1]
+    for (first, *_), steps in zip(files.values(), ([1, 2, 300], [1, 2, 300]), strict=True):
+        data, events = first.read_bytes(), []
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            length, message = data[:8], data[12 : 12 + size]
+            checks = [int.from_bytes(data[k : k + 4], "little") for k in (8, 12 + size)]
+            assert checks == [masked(length), masked(message)]
+            events.append(event_pb2.Event.FromString(message))
+            data = data[16 + size :]
+        assert (events[0].file_version, events[0].WhichOneof("what")) == ("brain.Event:2", "file_version")
+        assert abs(events[0].wall_time - time.time()) < 600
+        assert [event.step for event in events[1:]] == steps
+        values = {value.tag: value.simple_value for value in events[2].summary.value}
+        assert np.isnan(values.pop("kl ä/value"))
+        assert values == {"loss": 0.5, "lr": 0.5, "kl ä/gradient_share": 0.25}

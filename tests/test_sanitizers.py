@@ -11,6 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,33 +172,38 @@ def library(name: str) -> str:
     pytest.fail(f"MINIKD_SANITIZE=1 needs a gcc that has {name}")
 
 
-def built(folder: Path, checks: str) -> Path:
-    """A copy of the package, with its tests, whose extension module has these checks in it."""
-    if os.environ.get("MINIKD_SANITIZE") != "1":
-        pytest.skip("needs MINIKD_SANITIZE=1, which builds the kernels once more: that takes a minute")
+def build(folder: Path, checks: str) -> None:
+    """Copy the package, with its tests, and build the extension module with these checks in it."""
     for name in ("minikd", "csrc", "tests", "docs", "bench"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     flags = f"-fsanitize={checks} -fno-sanitize-recover=all -fno-omit-frame-pointer"
     environment = {**os.environ, "CFLAGS": flags, "LDFLAGS": flags, "CC": "gcc", "MINIKD_REQUIRE_C": "1"}
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(build, cwd=folder, env=environment, check=True, capture_output=True)
-    return folder
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
-def memory(tmp_path_factory: pytest.TempPathFactory) -> Checks:
+def built(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str], Path]:
+    """A function of checks: the folder of a package that has them."""
+    if os.environ.get("MINIKD_SANITIZE") != "1":
+        pytest.skip("needs MINIKD_SANITIZE=1, which builds the kernels once more: that takes a minute")
+    return lambda checks: made_once("checked-" + checks.replace(",", "-"), partial(build, checks=checks))
+
+
+@pytest.fixture(scope="module")
+def memory(built: Callable[[str], Path]) -> Checks:
     """Every access is looked at, and every operation that C leaves undefined."""
-    folder = built(tmp_path_factory.mktemp("memory"), "address,undefined")
+    folder = built("address,undefined")
     preloaded = f"{library('libasan.so')} {library('libubsan.so')}"
     return Checks(folder, {"LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"})
 
 
 @pytest.fixture(scope="module")
-def races(tmp_path_factory: pytest.TempPathFactory) -> Checks:
+def races(built: Callable[[str], Path]) -> Checks:
     """Two threads that are at one place, one of them writing, are an error."""
-    folder = built(tmp_path_factory.mktemp("races"), "thread")
+    folder = built("thread")
     options = "halt_on_error=1 die_after_fork=0"
     return Checks(folder, {"LD_PRELOAD": library("libtsan.so"), "TSAN_OPTIONS": options, "OPENBLAS_NUM_THREADS": "1"})
 

@@ -24,14 +24,17 @@ import minikd as kd
 from minikd import functional as F
 from minikd import testing
 from minikd.errors import ArgumentError, DTypeError, ShapeError
-from minikd.kernels import execute, prepare, run
+from minikd.kernels import execute, kernel_names, prepare, run
 from minikd.ops import OPS
 from minikd.testing import CONTRACTS, KINDS, check_gradients, check_kernel, reference
+from minikd.testing.contracts import WITHOUT
+from minikd.testing.kernels import tiled
 from minikd.testing.layouts import LAYOUTS, in_layout, locked
 from minikd.testing.reports import as_code, ulps
 
 PACKAGE = Path(kd.__file__).parent
 each_kind = pytest.mark.parametrize("kind", KINDS)
+CANNOT = set(kernel_names()) - set(CONTRACTS)  # kernels without a contract
 each_contract = pytest.mark.parametrize("name", CONTRACTS)
 
 
@@ -39,15 +42,15 @@ each_contract = pytest.mark.parametrize("name", CONTRACTS)
 
 
 def listed(found: Any) -> list[Any]:
-    return list(found) if isinstance(found, tuple) else [found]
+    return list(found) if isinstance(found, tuple | list) else [found]
 
 
 def as_floats(x: Any) -> Any:
     return np.array([float(v) for v in np.asarray(x).ravel()]).reshape(np.shape(x))
 
 
-def small_cases(name: str, most: int = 60, count: int = 6) -> list[tuple[list[Any], dict[str, Any]]]:
-    """Examples of an operation with few numbers, and what it updates, as its reference takes them."""
+def small_cases(name: str, most: int = 150) -> list[tuple[list[Any], dict[str, Any]]]:
+    """The table's examples of an operation with few numbers, and what it updates, as its reference takes them."""
     op, found = OPS[name], []
     for raw, attrs in op.example(np.random.default_rng(3), np.float64):
         inputs, _ = prepare(op, raw, np.dtype(np.float64))
@@ -63,7 +66,7 @@ def small_cases(name: str, most: int = 60, count: int = 6) -> list[tuple[list[An
         ]
         if sum(np.size(x) for x in inputs) <= most:
             found.append(([*inputs, *state], attrs))
-    return found[:count]
+    return found
 
 
 def assert_same(found: Any, wanted: Any, rtol: float = 1e-11, atol: float = 1e-13) -> None:
@@ -86,7 +89,7 @@ def test_every_operation_has_the_same_reference_in_every_precision(name: str) ->
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.vjp])
 def test_every_gradient_has_the_same_reference_in_every_precision(name: str) -> None:
     op = OPS[name]
-    for inputs, attrs in small_cases(name, count=3):
+    for inputs, attrs in small_cases(name):
         inputs = inputs[: len(inputs) - len(op.updates)]
         dout = np.ones_like(listed(reference(name)(*inputs, **attrs))[0])
         wanted = reference(name + "_vjp")(dout, *inputs, **attrs)
@@ -236,6 +239,51 @@ def test_a_training_step_is_the_same_each_time_and_compiled(step: testing.Traini
 # --- contracts ---
 
 
+def test_every_operation_has_a_contract_or_a_reason_why_it_has_none() -> None:
+    assert set(OPS) == set(CONTRACTS) - {name + "_vjp" for name in OPS} | set(WITHOUT)
+    assert not set(CONTRACTS) & set(WITHOUT)
+
+
+@pytest.mark.parametrize("name", sorted(CANNOT))
+def test_an_operation_without_a_contract_is_refused_with_the_reason_and_what_else_helps(name: str) -> None:
+    with pytest.raises(ArgumentError, match="op must be an operation with a contract") as refused:
+        check_kernel(name, RIGHT["softmax"])
+    assert f"{name!r}: " in refused.value.got
+    fix = refused.value.fix or ""
+    if f"reference({name!r})" in fix:
+        assert callable(reference(name))
+        assert ("check_gradients" in fix) == name.endswith("_vjp")
+    else:
+        assert fix == f"Check {name.removesuffix('_vjp')} with a function that gives both."
+        assert CONTRACTS[name.removesuffix("_vjp")].gives[0] == "loss"
+
+
+@each_contract
+def test_larger_cases_of_a_contract_fit_its_operation(name: str) -> None:
+    contract = CONTRACTS[name]
+    larger = tiled(contract, contract.edges[0].inputs, 3, 7)
+    assert max(map(np.size, larger.values())) > max(map(np.size, contract.edges[0].inputs.values()))
+    for gives, result in zip(contract.gives, contract.expected(larger, {}), strict=True):
+        assert np.isfinite(result).all(), gives
+
+
+@each_contract
+def test_a_mistake_is_not_what_the_operation_gives(name: str) -> None:
+    contract, differs = CONTRACTS[name], set()
+    attrs = {"weight_decay": 0.1} if name == "adam_step" else {}
+    cases = [edge.inputs for edge in contract.edges]
+    cases += [tiled(contract, cases[0], 3, 7), tiled(contract, cases[0], 20, 40)]
+    with np.errstate(all="ignore"):
+        right = [contract.expected(case, attrs) for case in cases]
+        for mistake in contract.mistakes:  # those of chunks are there once for each size that a chunk may have
+            for case, wanted in zip(cases, right, strict=True):
+                pairs = zip(listed(mistake.give(case, attrs)), wanted, strict=False)
+                if not all(np.allclose(a, b, equal_nan=True) for a, b in pairs):
+                    differs.add(mistake.name)
+                    break
+    assert differs == {mistake.name for mistake in contract.mistakes}
+
+
 @each_contract
 def test_a_contract_takes_what_its_operation_takes(name: str) -> None:
     op, contract = OPS[name.removesuffix("_vjp")], CONTRACTS[name]
@@ -269,23 +317,75 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "reverse_kl": lambda s, t, T: F.reverse_kl(s, t, temperature=T, return_grad=True),
     "jensen_shannon": lambda s, t, T, b: F.jensen_shannon(s, t, temperature=T, beta=b, return_grad=True),
     "skewed_kl": lambda s, t, T, a: F.skewed_kl(s, t, temperature=T, alpha=a, return_grad=True),
+    "soft_cross_entropy": lambda z, y: F.cross_entropy(z, y, return_grad=True),
+    "decoupled_kd": lambda s, t, y, T, a, b: F.decoupled_kd(s, t, y, temperature=T, alpha=a, beta=b, return_grad=True),
+    "standardised_kl": lambda s, t, T: F.standardised_kl(s, t, temperature=T, return_grad=True),
+    "linear_distillation_loss": lambda h, w, b, t, y, T, hard, soft: with_gradients(
+        h, w, b, t, y, temperature=T, hard_weight=hard, soft_weight=soft
+    ),
     "gelu": F.gelu,
     "linear": F.linear,
 }
 
 
+def with_gradients(*inputs: Any, **settings: Any) -> tuple[Any, ...]:
+    loss, gradients = F.linear_distillation_loss(*inputs, return_grad=True, **settings)
+    return (loss, *gradients)
+
+
 @pytest.mark.filterwarnings("ignore:.*look like probabilities")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_functions_of_the_library_keep_their_contracts(name: str, minikd_numpy: str) -> None:
-    report = check_kernel(name, FUNCTIONS[name], examples=4, refusals=True)
+    report = check_kernel(name, FUNCTIONS[name], examples=4, refusals=True, conversions=True)
     assert report, report
 
 
 @pytest.mark.filterwarnings("ignore:.*look like probabilities")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_kernels_in_c_keep_their_contracts(name: str, minikd_c: str) -> None:
-    report = check_kernel(name, FUNCTIONS[name], examples=4, refusals=True)
+    report = check_kernel(name, FUNCTIONS[name], examples=4, refusals=True, conversions=True)
     assert report, report
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_a_layer_with_its_loss_keeps_its_contract_in_chunks_of_any_size(rows: int, minikd_c: str) -> None:
+    def loss(h: Any, w: Any, b: Any, t: Any, y: Any, T: float, hard: float, soft: float) -> Any:
+        settings = {"temperature": T, "hard_weight": hard, "soft_weight": soft, "reduction": "sum"}
+        return with_gradients(h, w, b, t, y, chunk_rows=rows, **settings)
+
+    report = check_kernel("linear_distillation_loss", loss, examples=2, reduction="sum", chunk_rows=rows)
+    assert report, report
+
+
+def test_conversions_that_change_a_result_are_told() -> None:
+    def softmax(x: Any, t: float) -> Any:
+        x = x if x.dtype.kind == "f" else x.astype(np.float64)
+        return RIGHT["softmax"](x, t)
+
+    report = check_kernel("softmax", softmax, examples=0, conversions=True)
+    assert [(f.check, f.dtype) for f in report.failures] == [
+        ("conversions", dtype) for dtype in ("float16", "int8", "int32", "int64")
+    ]
+    assert "y, of float16, is not what the same numbers in float32 give, which is of float32" in str(report)
+    assert "np.int8)" in str(report.failures[1])
+    assert check_kernel("softmax", softmax, examples=0)
+
+
+def test_conversions_are_asked_for_what_a_dtype_can_hold() -> None:
+    seen: set[tuple[str, float]] = set()
+
+    def softmax(x: Any, t: float) -> Any:
+        if np.isfinite(x).all():
+            seen.add((x.dtype.name, float(np.abs(x).max())))
+        return RIGHT["softmax"](x.astype(np.float64), t).astype(np.float64 if x.dtype == np.float64 else np.float32)
+
+    report = check_kernel("softmax", softmax, examples=0, conversions=True)
+    assert report, report
+    assert {dtype for dtype, _ in seen} == {"float64", "float32", "float16", "int8", "int32", "int64"}
+    assert max(size for dtype, size in seen if dtype == "int8") <= 127
+    assert max(size for dtype, size in seen if dtype == "int32") == 5001
+    writing = check_kernel("softmax", lambda y, x, t: None, writes=True, conversions=True, examples=0)
+    assert dict(writing.left_out)["conversions"] == "of functions that make their results"
 
 
 @pytest.mark.usefixtures("c_in_use")
@@ -387,7 +487,141 @@ def test_a_kernel_in_torch_is_checked() -> None:
     assert report, report
 
 
+class OnlyDlpack:
+    """An array of somebody's library: all that is known of it is DLPack, in its oldest form."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+    def __dlpack__(self, stream: Any = None) -> Any:
+        return self.values.__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = self.values.__dlpack_device__()
+        return device
+
+
+class OnADevice:
+    """An array in memory of its own, which comes back by `get`, as CuPy's do."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = np.array(values)
+
+    def get(self) -> Any:
+        return self.values.copy()
+
+
+def numpy_of(x: Any) -> Any:
+    """What the library itself sees of its array; a number as it is."""
+    return x.values if isinstance(x, OnADevice | OnlyDlpack) else x
+
+
+foreign = pytest.mark.parametrize("array", [OnlyDlpack, OnADevice])
+
+
+@foreign
+@pytest.mark.parametrize("name", ["softmax", "distillation_loss", "decoupled_kd", "linear_distillation_loss"])
+def test_a_kernel_on_arrays_of_another_library_is_checked(array: Callable[..., Any], name: str) -> None:
+    dtypes: set[str] = set()
+
+    def kernel(*given: Any) -> Any:
+        assert not any(isinstance(x, np.ndarray) for x in given)
+        dtypes.update(numpy_of(x).dtype.name for x in given if isinstance(x, OnlyDlpack | OnADevice))
+        found = RIGHT[name](*map(numpy_of, given))
+        return tuple(array(np.asarray(x)) for x in found) if isinstance(found, tuple) else array(found)
+
+    report = check_kernel(name, kernel, array=array, examples=2)
+    assert report, report
+    assert {"float32", "float64"} <= dtypes
+    assert dict(report.left_out)["strides"] == "of NumPy arrays only"
+
+
+@foreign
+def test_a_kernel_that_writes_into_arrays_of_another_library_is_checked(array: Callable[..., Any]) -> None:
+    def softmax(y: Any, x: Any, t: float) -> None:
+        numpy_of(y)[...] = RIGHT["softmax"](numpy_of(x), t)
+
+    def half(y: Any, x: Any, t: float) -> None:
+        numpy_of(y)[:1] = RIGHT["softmax"](numpy_of(x), t)[:1]
+
+    report = check_kernel("softmax", softmax, array=array, writes=True, examples=2)
+    assert report, report
+    assert "full overwrite" in report.checks
+    assert "y depends on what its array held before" in str(
+        check_kernel("softmax", half, array=array, writes=True, examples=0)
+    )
+
+
+@foreign
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_writing_into_an_input_of_another_library_is_seen(array: Callable[..., Any], dtype: str) -> None:
+    def softmax(x: Any, t: float) -> Any:
+        numbers = numpy_of(x)
+        found = RIGHT["softmax"](numbers, t)
+        numbers[0] += 1
+        return array(found)
+
+    report = check_kernel("softmax", softmax, array=array, dtypes=(dtype,), examples=0)
+    assert [(f.check, f.dtype) for f in report.failures] == [("untouched inputs", dtype)]
+    assert "x is written to" in str(report)
+
+
+def test_writing_into_a_tensor_of_torch_is_seen() -> None:
+    torch = pytest.importorskip("torch", reason="needs torch")
+
+    def softmax(x: Any, t: float) -> Any:
+        found = torch.nn.functional.softmax(x / t, dim=1)
+        x.sub_(1)
+        return found
+
+    report = check_kernel("softmax", softmax, array=torch.from_numpy, examples=0)
+    assert {(f.check, f.dtype) for f in report.failures} == {
+        ("untouched inputs", "float64"),
+        ("untouched inputs", "float32"),
+    }
+
+
+def test_a_kernel_in_torch_that_writes_is_checked() -> None:
+    torch = pytest.importorskip("torch", reason="needs torch")
+
+    def relu(y: Any, u: Any) -> None:
+        torch.clamp(u, min=0, out=y)
+
+    report = check_kernel("relu", relu, array=torch.from_numpy, writes=True, examples=4)
+    assert report, report
+    assert "y depends on what its array held before" in str(
+        check_kernel("relu", lambda y, u: y.add_(u), array=torch.from_numpy, writes=True, examples=0)
+    )
+
+
+def test_a_layer_with_its_loss_in_torch_is_checked() -> None:
+    torch = pytest.importorskip("torch", reason="needs torch")
+    functional = torch.nn.functional
+
+    def loss(hidden: Any, weight: Any, bias: Any, teacher: Any, target: Any, t: float, hard: float, soft: float) -> Any:
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        z = functional.linear(*leaves)
+        log_p, log_q = functional.log_softmax(z / t, dim=1), functional.log_softmax(teacher / t, dim=1)
+        terms = torch.where(torch.isneginf(log_q), 0 * log_q.exp(), log_q.exp() * (log_q - log_p))
+        value = soft * t * t * terms.sum(dim=1).mean() if soft else 0 * z[:, 0].mean()
+        if hard and target is not None and bool((target != -100).any()):
+            value = value + hard * functional.cross_entropy(z, target)
+        value.backward()
+        return (value.detach().clamp(min=0), *(leaf.grad for leaf in leaves))
+
+    options = {"array": torch.from_numpy, "rtol": {"float32": 1e-4}, "examples": 4}
+    report = check_kernel("linear_distillation_loss", loss, **options)
+    assert not [f for f in report.failures if "-inf" not in f.region], report  # autograd makes 0·inf of masked classes
+
+
 # --- kernels that are not ---
+
+
+def test_the_page_on_tests_says_what_the_kit_says_of_each_buggy_kernel() -> None:
+    page = (PACKAGE.parent / "docs" / "testing.md").read_text("utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for buggy in BUGGY:
+        assert any(f"| `{buggy.op}` |" in row and buggy.says[0] in row for row in rows), buggy
 
 
 @pytest.mark.parametrize("buggy", BUGGY, ids=lambda buggy: buggy.function.__name__)
@@ -472,7 +706,7 @@ def test_a_kernel_of_less_precision_passes_with_the_tolerance_that_is_given() ->
 
 
 def test_what_a_check_does_not_know_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="op must be one of softmax, log_softmax"):
+    with pytest.raises(ArgumentError, match=r"op must be one of softmax, log_softmax.*, got 'softmin'"):
         check_kernel("softmin", RIGHT["softmax"])
     with pytest.raises(ArgumentError, match="reductio must be an attribute of kl_div"):
         check_kernel("kl_div", RIGHT["kl_div"], reductio="sum")

@@ -7,13 +7,14 @@ must be among them, with vectors as wide as the level has.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -25,18 +26,11 @@ LOOP = re.compile(r"\s*SIMD(_SHORT|_OR\(\w+\))?")
 REPORT = re.compile(r"(\w[\w.]*\.[ch]):(\d+):\d+: optimized: +loop vectorized using (\d+) byte vectors")
 
 
-@pytest.fixture(autouse=True)
-def gcc() -> None:
-    """Skip where the sources or gcc are missing: other compilers report in other words."""
-    if not CSRC.exists():
-        pytest.skip("needs a source checkout")
-    found = shutil.which("gcc")
-    words = subprocess.run(["gcc", "--version"], capture_output=True, text=True, check=False).stdout if found else ""
-    if "Free Software Foundation" not in words:
-        pytest.skip("needs gcc")
-    machine = subprocess.run(["gcc", "-dumpmachine"], capture_output=True, text=True, check=True).stdout
-    if not machine.startswith("x86_64"):
-        pytest.skip("needs gcc for x86-64")
+class Compiled(NamedTuple):
+    """What the compiler made of kernels.c: the loops that it missed, and its assembly."""
+
+    missed: set[tuple[str, int]]
+    assembly: str
 
 
 @cache
@@ -68,36 +62,52 @@ def options(level: str, number: str) -> list[str]:
     return [*setup.STRICT, *setup.SIMD, *setup.NO_PEELING, *setup.LEVELS[level], *macros, "-DMINIKD_TABLE=table"]
 
 
-def missed(level: str, number: str, tmp_path: Path, *more: str) -> set[tuple[str, int]]:
-    """The loops of which the compiler does not say that it has vectorised them as widely as it should."""
-    target = ["-c", str(CSRC / "kernels.c"), "-o", str(tmp_path / "kernels.o"), "-fopt-info-vec-optimized"]
-    done = subprocess.run(["gcc", *options(level, number), *more, *target], capture_output=True, text=True, check=True)
+def compiled(level: str, number: str, folder: Path, *more: str) -> Compiled:
+    """kernels.c in assembly, and the loops of which gcc does not say that it vectorised them as widely as it should."""
+    target = folder / "kernels.s"
+    ways = ["-S", str(CSRC / "kernels.c"), "-o", str(target), "-fopt-info-vec-optimized"]
+    done = subprocess.run(["gcc", *options(level, number), *more, *ways], capture_output=True, text=True, check=True)
     widest: dict[tuple[str, int], int] = {}
     for file, line, width in REPORT.findall(done.stderr):
         for at in (int(line), int(line) - 1):  # the compiler names the loop's line, or that of its first statement
             widest[file, at] = max(widest.get((file, at), 0), int(width))
-    return {loop for loop, width in loops(WIDTHS[level]).items() if widest.get(loop, 0) < width}
+    missed = {loop for loop, width in loops(WIDTHS[level]).items() if widest.get(loop, 0) < width}
+    return Compiled(missed, target.read_text())
 
 
-@pytest.mark.parametrize("number", ["float", "double"])
-@pytest.mark.parametrize("level", sorted(WIDTHS))
-def test_every_hot_loop_is_vectorised_over_whole_vectors(level: str, number: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def gcc() -> None:
+    """Skip where the sources or gcc are missing: other compilers report in other words."""
+    if not CSRC.exists():
+        pytest.skip("needs a source checkout")
+    found = shutil.which("gcc")
+    words = subprocess.run(["gcc", "--version"], capture_output=True, text=True, check=False).stdout if found else ""
+    if "Free Software Foundation" not in words:
+        pytest.skip("needs gcc")
+    machine = subprocess.run(["gcc", "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+    if not machine.startswith("x86_64"):
+        pytest.skip("needs gcc for x86-64")
+
+
+@pytest.fixture(scope="module", params=list(itertools.product(WIDTHS, ("float", "double"))), ids="-".join)
+def kernels(request: pytest.FixtureRequest, gcc: None, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """The kernels of one level and one type of number, as they are shipped: five seconds of the compiler, once."""
+    return compiled(*request.param, tmp_path_factory.mktemp("kernels"))
+
+
+def test_every_hot_loop_is_vectorised_over_whole_vectors(kernels: Compiled) -> None:
     assert len(loops(0)) > 40
-    assert not missed(level, number, tmp_path)
+    assert not kernels.missed
 
 
-def test_a_compiler_that_does_not_vectorise_is_noticed(tmp_path: Path) -> None:
-    assert missed("v3", "float", tmp_path, "-fno-tree-vectorize", "-fno-openmp-simd") == set(loops(0))
-
-
-@pytest.mark.parametrize("number", ["float", "double"])
-@pytest.mark.parametrize("level", sorted(WIDTHS))
-def test_the_sums_of_a_product_stay_in_registers(level: str, number: str, tmp_path: Path) -> None:
+def test_the_sums_of_a_product_stay_in_registers(kernels: Compiled) -> None:
     """One of them on the stack, which compilers do for reasons of their own, and products take twice as long."""
-    target = tmp_path / "kernels.s"
-    command = ["gcc", *options(level, number), "-S", str(CSRC / "kernels.c"), "-o", str(target)]
-    subprocess.run(command, capture_output=True, check=True)
-    body = target.read_text().split("\ncompute_tile:\n")[1].split(".size\tcompute_tile")[0]
+    body = kernels.assembly.split("\ncompute_tile:\n")[1].split(".size\tcompute_tile")[0]
     sums = [line for line in body.splitlines() if "vfmadd" in line]
     assert len(sums) > 100
     assert not [line for line in sums if "%rsp" in line or "%rbp" in line]
+
+
+@pytest.mark.usefixtures("gcc")
+def test_a_compiler_that_does_not_vectorise_is_noticed(tmp_path: Path) -> None:
+    assert compiled("v3", "float", tmp_path, "-O0").missed == set(loops(0))

@@ -7,6 +7,7 @@ its kin are those of `minikd.export.reference`.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import re
@@ -26,7 +27,7 @@ from minikd.export.network import Layer, Network
 from minikd.export.quantise import Quantised, QuantisedLayer
 from minikd.export.reference import has_scale
 from minikd.export.size import as_utf8, form, sizes
-from minikd.safetensors import write_whole
+from minikd.safetensors import write_together
 
 __all__ = ["contraction_bound", "driver", "to_c"]
 
@@ -36,6 +37,7 @@ IN_A_LINE = {"float32": 6, "int8": 18, "int32": 9, "uint8": 24}  # numbers of a 
 POLYNOMIALS = {"EXP": reference.EXP, "TANH": reference.TANH, "NORMAL_TAIL": reference.NORMAL_TAIL}
 IN_C = {"relu": "relu", "sigmoid": "sigmoid", "tanh": "tangent", "gelu": "gelu"}  # the functions' names there
 
+SEAL = "@seal@"  # where the seal of the header and of the source will stand
 REACH = 10  # the size of scaled features up to which the bound for fused multiply-adds holds
 SLOPES = {"": 1.0, "relu": 1.0, "tanh": 1.0, "sigmoid": 0.25, "gelu": 1.13}  # an activation's largest
 LARGEST_RESULTS = {"tanh": 1.0, "sigmoid": 1.0}
@@ -66,6 +68,7 @@ def to_c(
     figures = {figure: str(value) for figure, value in sizes(network, quantised).items()}
     fields = {
         **figures,
+        "seal": SEAL,
         "header": f"{name}.h",
         "source": f"{name}.c",
         "version": minikd.__version__,
@@ -85,9 +88,19 @@ def to_c(
     except OSError as error:
         fix = "Choose a folder that you may write to."
         raise OutputError("export", str(folder), expected="a folder", got=str(error), fix=fix) from error
-    for file, text in files.items():
-        write_whole(folder / file, text.encode())
+    _seal(files, f"{name}.h", f"{name}.c")
+    write_together({folder / file: [text.encode()] for file, text in files.items()})
     return [folder / file for file in files]
+
+
+def _seal(files: dict[str, str], *sealed: str) -> None:
+    """Put a number made of all the sealed files into each, by which they know one another.
+
+    Where a write was ended between two files, or one was copied alone, the compiler says so.
+    """
+    digest = hashlib.sha256("".join(files[file] for file in sealed).encode()).hexdigest()
+    for file in sealed:  # only in the first place, for what follows is a user's: the names of the classes
+        files[file] = files[file].replace(SEAL, f"0x{digest[:8]}UL", 1)
 
 
 def driver(name: str) -> str:

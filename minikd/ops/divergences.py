@@ -383,8 +383,13 @@ register(
 
 
 def _standardised(xp: Any, z: Any, eps: float) -> tuple[Any, Any, Any]:
-    """Z = (z - mean)/(σ + eps) of each row with σ² = Σ (z - mean)²/(c - 1), and 1/(σ + eps) and σ as columns."""
-    centred = wide(xp, z) - wide(xp, z).mean(axis=1, keepdims=True)
+    """Z = (z - mean)/(σ + eps) of each row with σ² = Σ (z - mean)²/(c - 1), and 1/(σ + eps) and σ as columns.
+
+    The mean is taken of the distances from a row's first score, so that equal scores have no deviation, however large
+    they are.
+    """
+    distance = wide(xp, z) - wide(xp, z)[:, :1]
+    centred = distance - distance.mean(axis=1, keepdims=True)
     deviation = xp.sqrt((centred * centred).sum(axis=1, keepdims=True) / max(z.shape[1] - 1, 1))
     factor = 1 / (deviation + eps)
     return centred * factor, factor, deviation

@@ -26,7 +26,6 @@ EXTRAS = {
     "numba": ("numba",),
     "cupy": ("cupy",),
     "teachers": ("sklearn", "onnxruntime"),
-    "tensorboard": ("tensorboardX",),
 }
 # Where a package has another name, or comes by one of several.
 DISTRIBUTIONS = {"sklearn": ("scikit-learn",), "cupy": ("cupy-cuda12x", "cupy-cuda13x", "cupy-cuda11x", "cupy")}

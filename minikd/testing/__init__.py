@@ -15,7 +15,7 @@ _PUBLIC = {
     "CONTRACTS": "minikd.testing.contracts",
     "KINDS": "minikd.testing.strategies",
     "Batch": "minikd.testing.strategies",
-    "Contract": "minikd.testing.contracts",
+    "Contract": "minikd.testing.contract",
     "GradientReport": "minikd.testing.gradients",
     "KernelReport": "minikd.testing.reports",
     "TrainingStep": "minikd.testing.steps",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,7 +14,8 @@ from hypothesis.errors import NoSuchExample
 
 from minikd.errors import ArgumentError
 from minikd.ops import OPS
-from minikd.testing.contracts import CONTRACTS, Contract, Inputs
+from minikd.testing.contract import Contract, Inputs, Mistake
+from minikd.testing.contracts import contract_of
 from minikd.testing.layouts import LAYOUTS, in_layout, locked
 from minikd.testing.reports import Failure, KernelReport, explained, ulps
 
@@ -26,11 +28,13 @@ CHECKS = {
     "strides": "inputs may lie in memory in any way",
     "read-only inputs": "inputs may be locked",
     "dtypes": "results have the dtype of the inputs",
+    "conversions": "float16 and whole numbers give what the same numbers in float32 give",
     "refusals": "a bad label or temperature is a ValueError",
 }
 ROUNDINGS = 64  # of the dtype's eps, that a result may be off by where nothing else is asked for
 MOST_DIGITS_FOR = 64  # numbers in the inputs up to which a failure is measured with mpmath
 DIGITS = 30
+CONVERTED = ("float16", "int8", "int32", "int64")  # dtypes that are taken for float32
 GUARD = 5  # elements around a result that nobody may write
 
 
@@ -43,6 +47,7 @@ def check_kernel(
     writes: bool = False,
     array: Callable[[np.ndarray], Any] | None = None,
     refusals: bool = False,
+    conversions: bool = False,
     leave_out: Collection[str] = (),
     examples: int = 30,
     seed: int = 0,
@@ -64,6 +69,8 @@ def check_kernel(
     array : makes the array that the function takes of a NumPy array: ``torch.from_numpy``, ``cupy.asarray``.
     refusals : also ask for a ValueError where a label or temperature is bad. Off by default, because a kernel that
         does not look would read memory that is not its own.
+    conversions : also ask that float16 and whole numbers are taken for the float32 that they stand for, as the
+        library's functions take them. Off by default: a kernel need not take them at all.
     leave_out : names of `CHECKS` that are not to be made.
     examples : cases that are drawn in each region for each dtype; with 0 only the decided ones are looked at.
     seed : of the search; the same seed gives the same report.
@@ -80,29 +87,37 @@ def check_kernel(
 
     Raises
     ------
-    ArgumentError : there is no contract of this name, no such attribute or no such check.
+    ArgumentError : there is no contract of this name (the message says why), no such attribute or no such check.
     """
     contract = _contract(op, attrs, dtypes, leave_out)
     tolerance = {d: _tolerance(rtol, d) for d in dtypes}
     examination = _Examination(_Kernel(contract, function, attrs, writes, array), tolerance, examples, seed)
     skipped = dict.fromkeys(leave_out, "by request")
-    if not refusals:
-        skipped.setdefault("refusals", "unless refusals=True")
-    if not contract.never_negative:
-        skipped.setdefault("sign", "there is no such promise")
-    for name in ("strides", "read-only inputs") if writes or array is not None else ():
-        skipped.setdefault(name, "of NumPy arrays only")
-    if not writes:
-        skipped.setdefault("full overwrite", "the function makes its results itself")
+    for name, reason in _reasons(contract, writes, array is not None, refusals, conversions).items():
+        skipped.setdefault(name, reason)
     checks = tuple(name for name in CHECKS if name not in skipped)
     failures = explained(list(examination.failures(checks)))
     return KernelReport(contract.signature, checks, tuple(skipped.items()), failures, examination.kernel.calls)
 
 
+def _reasons(contract: Contract, writes: bool, foreign: bool, refusals: bool, conversions: bool) -> dict[str, str]:
+    """The checks that are not made, each with the reason."""
+    found = {} if refusals else {"refusals": "unless refusals=True"}
+    if writes:
+        found["conversions"] = "of functions that make their results"
+    elif not conversions:
+        found["conversions"] = "unless conversions=True"
+    if not contract.never_negative:
+        found["sign"] = "there is no such promise"
+    if writes or foreign:
+        found |= dict.fromkeys(("strides", "read-only inputs"), "of NumPy arrays only")
+    if not writes:
+        found["full overwrite"] = "the function makes its results itself"
+    return found
+
+
 def _contract(op: str, attrs: dict[str, Any], dtypes: Sequence[str], leave_out: Collection[str]) -> Contract:
-    where = "check_kernel"
-    if op not in CONTRACTS:
-        raise ArgumentError(where, "op", expected="one of " + ", ".join(CONTRACTS), got=repr(op))
+    where, contract = "check_kernel", contract_of(op)
     known = OPS[op.removesuffix("_vjp")].attrs
     for name in attrs:
         if name not in known:
@@ -113,7 +128,7 @@ def _contract(op: str, attrs: dict[str, Any], dtypes: Sequence[str], leave_out: 
             raise ArgumentError(where, "leave_out", expected="names among " + ", ".join(CHECKS), got=repr(name))
     if not dtypes or not set(dtypes) <= {"float64", "float32"}:
         raise ArgumentError(where, "dtypes", expected='"float64", "float32" or both', got=repr(dtypes))
-    return CONTRACTS[op]
+    return contract
 
 
 def _tolerance(rtol: float | Mapping[str, float] | None, dtype: str) -> float:
@@ -139,11 +154,11 @@ def _plain(x: Any) -> np.ndarray:
     """A result of any library as a NumPy array."""
     if isinstance(x, np.ndarray | np.generic | int | float):
         return np.asarray(x)
-    if hasattr(x, "detach"):
+    if hasattr(x, "detach"):  # torch's
         x = x.detach().cpu()
     elif hasattr(x, "get"):  # CuPy's
         return np.asarray(x.get())
-    return np.from_dlpack(x) if hasattr(x, "__dlpack__") and np.ndim(x) else np.asarray(x)
+    return np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
 
 
 class _Kernel:
@@ -233,17 +248,34 @@ def _cast(inputs: Inputs, dtype: str) -> Inputs:
     return {name: cast(x) for name, x in inputs.items()}
 
 
-def _tiled(inputs: Inputs, rows: int, columns: int) -> Inputs:
-    """Larger arrays: these, repeated, with a little added to each number so that no two rows are equal."""
-    rng = np.random.default_rng(rows)
+def _converted(inputs: Inputs, dtype: str) -> tuple[Inputs, Inputs] | None:
+    """The real arrays in a dtype of fewer numbers, and those numbers in float32; None where it cannot hold them."""
+    real = {name: x for name, x in inputs.items() if _is_real(x)}
+    if np.dtype(dtype).kind == "i":
+        real = {name: np.rint(x) for name, x in real.items()}
+        if not all(np.isfinite(x).all() and np.abs(x).max() <= np.iinfo(dtype).max for x in real.values()):
+            return None
+    with np.errstate(over="ignore"):
+        given = {name: x.astype(dtype) for name, x in real.items()}
+    return {**inputs, **given}, {**inputs, **{name: x.astype(np.float32) for name, x in given.items()}}
 
-    def tiled(x: Any) -> Any:
+
+def tiled(contract: Contract, inputs: Inputs, rows: int, columns: int) -> Inputs:
+    """Larger arrays: these, repeated, with a little added to each number so that no two rows are equal.
+
+    What the operation calls n is repeated by `rows`, all other sizes by `columns`, so that shapes still fit.
+    """
+    rng = np.random.default_rng(rows)
+    dims = contract.dims
+
+    def larger(name: str, x: Any) -> Any:
         if not isinstance(x, np.ndarray) or not x.ndim:
             return x
-        found = np.tile(x, (rows, columns)[: x.ndim])
+        letters = (rows, columns) if dims[name] == ("...",) else [rows if d == "n" else columns for d in dims[name]]
+        found = np.tile(x, letters[: x.ndim])
         return found + rng.uniform(0, 0.5, found.shape) if found.dtype.kind == "f" else found
 
-    return {name: tiled(x) for name, x in inputs.items()}
+    return {name: larger(name, x) for name, x in inputs.items()}
 
 
 # --- comparing ---
@@ -328,6 +360,8 @@ class _Examination:
             ):
                 if check in checks:
                     yield from method(inputs, dtype)
+        if "conversions" in checks:
+            yield from self._conversions()
 
     def _plain_inputs(self) -> Inputs:
         return self.contract.edges[0].inputs
@@ -338,7 +372,9 @@ class _Examination:
         """Decided cases, larger arrays, and every region; what fails in one dtype is not looked for in the next."""
         failed: set[str] = set()
         plain, smallest, name = self._plain_inputs(), False, self.contract.edges[0].name
-        larger = {f"{name}, repeated {r} by {w} times": _tiled(plain, r, w) for r, w in ((3, 7), (20, 40))}
+        larger = {
+            f"{name}, repeated {r} by {w} times": tiled(self.contract, plain, r, w) for r, w in ((3, 7), (20, 40))
+        }
         decided = {**{e.name: e.inputs for e in self.contract.edges}, **larger}
         for dtype in self.tolerance:
             for name, inputs in decided.items():
@@ -424,26 +460,42 @@ class _Examination:
         return Failure(found.check, region, found.said, dtype, inputs, got, wanted, found.ulps, mistakes)
 
     def _mistakes(self, inputs: Inputs, dtype: str, place: int) -> tuple[str, ...]:
-        """The usual mistakes that would give this result here, and what the kernel gives for plain inputs too."""
-        plain = _cast(self._plain_inputs(), dtype)
-        cases = [_cast(inputs, dtype), plain, _cast(_tiled(self._plain_inputs(), 3, 7), dtype)]
+        """The usual mistakes that would give this result here, and what the kernel gives for plain inputs too.
+
+        Where some of them would give all its results, the others are left out.
+        """
+        plain = self._plain_inputs()
+        larger = [tiled(self.contract, plain, *by) for by in ((3, 7), (20, 40))]
+        cases = [_cast(case, dtype) for case in (inputs, plain, *larger)]
         outcomes = [self.kernel.run(case) for case in cases]
         if any(len(outcome.results) <= place for outcome in outcomes):
             return ()
         right = [self.kernel.expected(case)[place] for case in cases]
-        found = []
+        fit, throughout = [], []
         for mistake in self.contract.mistakes:
+            given = list(self._while_it_fits(mistake, cases, outcomes, place))
+            if len(given) < len(cases) or all(_alike(g[place], r) for g, r in zip(given, right, strict=True)):
+                continue
+            fit.append(mistake.name)
+            if all(all(map(_alike, o.results, g)) for o, g in zip(outcomes, given, strict=True)):
+                throughout.append(mistake.name)
+        return tuple(dict.fromkeys(throughout or fit))
+
+    def _while_it_fits(
+        self, mistake: Mistake, cases: list[Inputs], outcomes: list[Outcome], place: int
+    ) -> Iterator[list[Any]]:
+        """What the mistake would give, case by case, up to the first in which the kernel gives something else."""
+        for case, outcome in zip(cases, outcomes, strict=True):
             with np.errstate(all="ignore"):
-                given = [_place(mistake.give(case, self.kernel.attrs), place) for case in cases]
-            fits = all(_alike(o.results[place], g) for o, g in zip(outcomes, given, strict=True))
-            if fits and not all(_alike(g, r) for g, r in zip(given, right, strict=True)):
-                found.append(mistake.name)
-        return tuple(found)
+                given = _as_list(mistake.give(case, self.kernel.attrs))
+            if not _alike(outcome.results[place], given[place]):
+                return
+            yield given
 
     # --- what holds for every call ---
 
     def _same_twice(self, inputs: Inputs, dtype: str) -> Iterator[Failure]:
-        larger = _cast(_tiled(self._plain_inputs(), 20, 40), dtype)
+        larger = _cast(tiled(self.contract, self._plain_inputs(), 20, 40), dtype)
         for region, case in (("plain inputs", inputs), ("larger arrays", larger)):
             first, second = self.kernel.run(case), self.kernel.run(case)
             for name, a, b in zip(self.contract.gives, first.results, second.results, strict=False):
@@ -507,6 +559,23 @@ class _Examination:
                 said = f"{name} is of {result.dtype} where the inputs are of {dtype}"
                 yield Failure("dtypes", "plain inputs", said, dtype, inputs)
 
+    def _conversions(self) -> Iterator[Failure]:
+        """For each dtype the first decided case in which the same numbers in float32 give something else."""
+        for dtype in CONVERTED:
+            pairs = ((edge.name, _converted(edge.inputs, dtype)) for edge in self.contract.edges)
+            found = (self._conversion(name, *pair, dtype) for name, pair in pairs if pair is not None)
+            yield from itertools.islice(filter(None, found), 1)
+
+    def _conversion(self, region: str, given: Inputs, same: Inputs, dtype: str) -> Failure | None:
+        outcome, wanted = self.kernel.run(given), self.kernel.run(same)
+        if outcome.raised is not None and wanted.raised is None:
+            return Failure("conversions", region, self._raised(outcome).said, dtype, given)
+        for name, a, b in zip(self.contract.gives, outcome.results, wanted.results, strict=False):
+            if (a.dtype, a.tobytes()) != (b.dtype, b.tobytes()):
+                said = f"{name}, of {a.dtype}, is not what the same numbers in float32 give, which is of {b.dtype}"
+                return Failure("conversions", region, said, dtype, given, a, b)
+        return None
+
     def _refusals(self, inputs: Inputs, dtype: str) -> Iterator[Failure]:
         for name, changed in self.contract.refuses:
             case = {**inputs, **changed}
@@ -520,5 +589,5 @@ def _is_real(x: Any) -> bool:
     return isinstance(x, np.ndarray) and x.dtype.kind == "f"
 
 
-def _place(given: Any, place: int) -> Any:
-    return given[place] if isinstance(given, list | tuple) else given
+def _as_list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list | tuple) else [given]

@@ -27,6 +27,7 @@ KINDS = {
     "one-hot-like": "one score far above all others",
 }
 
+EVERY_KIND = tuple(KINDS)
 ROWS, CLASSES = st.integers(1, 4), st.integers(2, 6)
 _EXTREME = (0.0, 1.0, -1.0, 100.0, -100.0, 1e4, -1e4, 1e30, -1e30)
 

@@ -2,6 +2,9 @@
 
 #include "@header@"
 
+#if STUDENT_SEAL != @seal@
+#error "this file and @header@ are of two exports: copy both files of one"
+#endif
 #if defined(__FAST_MATH__)
 #error "compile this without -ffast-math: it looks for NaN, and rounds every operation"
 #endif

@@ -21,6 +21,9 @@ extern "C" {
 #define STUDENT_FEATURES @features@
 #define STUDENT_CLASSES @classes@
 
+/* By this number student.h and student.c know that they are of one export. */
+#define STUDENT_SEAL @seal@
+
 /* What it takes, in bytes. Flash: the numbers below, the names of the classes, and an estimate of the code under -Os.
  * Cores without a float unit take their compiler's float routines besides.
  * RAM: what is kept between calls (on cores that copy constants to RAM, such as AVR, the constants count there too).
