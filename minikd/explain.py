@@ -153,12 +153,12 @@ def _time(parts: Sequence[Any], repeats: int) -> float:
 
 def _quantity(value: float, unit: str) -> str:
     """A number with three digits and the prefix that fits: 12.3 kB."""
-    for prefix in ("", "k", "M", "G"):
-        if value < 999.5 or prefix == "G":
-            digits = 0 if not prefix else 2 if value < 9.995 else 1 if value < 99.95 else 0
-            return f"{value:.{digits}f} {prefix}{unit}"
+    prefixes = ["", "k", "M", "G"]
+    while value >= 999.5 and len(prefixes) > 1:
         value /= 1000
-    raise AssertionError("unreachable")
+        del prefixes[0]
+    digits = 0 if not prefixes[0] else 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f} {prefixes[0]}{unit}"
 
 
 def explain(plan: Plan, timed: bool = True) -> str:

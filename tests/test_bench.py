@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minikd.bench import add_arguments, command, contenders, run, worker
+from minikd.bench import add_arguments, command, contenders, machine, run, suite, worker
+from minikd.bench import report as report_of
 from minikd.bench.cases import KERNELS, QUICK, ROWS, error
 from minikd.bench.contenders import CONTENDERS, PEERS, Bound
 from minikd.bench.machine import PATTERNS, describe, patterns
@@ -47,6 +50,20 @@ def test_every_contender_agrees_with_the_reference(name: str) -> None:
     for key, row in rows.items():
         assert not row["wrong"], (key, row)
         assert all(e < 1e-4 for e in row["errors"].values()), (key, row)
+
+
+@pytest.mark.parametrize("name", ["softmax", "distillation_loss"])
+def test_what_torch_compiles_agrees_with_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is before the compiler has it, which would take a minute."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install 'minikd[test-oracles]'")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    kernel = KERNELS[name]
+    inputs = kernel.make_inputs((33, 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the peers
+        bound, rows = bind_all(sorted(SLOW_TO_COMPILE), kernel, inputs, kernel.expected(inputs))
+    assert set(bound) == SLOW_TO_COMPILE, rows
+    assert all(e < 1e-4 for row in rows.values() for e in row["errors"].values()), rows
 
 
 def test_inputs_are_the_same_in_every_process_and_left_as_they_are() -> None:
@@ -341,3 +358,80 @@ def test_processes_share_the_reference(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_table_has_a_contender_for_each_backend_that_is_fast() -> None:
     assert {"c", "numba"} <= set(contenders.BACKENDS) & set(CONTENDERS)
+
+
+def test_a_run_says_what_it_leaves_out_and_goes_on_without_processes_that_die(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def dies(*_: Any) -> Any:
+        raise WorkerFailed("its last words")
+
+    monkeypatch.setattr("minikd.bench.suite.spawn", dies)
+    monkeypatch.setattr(CONTENDERS["torch"].__class__, "missing", lambda self: "" if self.ours else "not installed")
+    out = tmp_path / "kernels.json"
+    asked = ["--out", str(out), "--quick", "--kernel", "softmax", "--shape", "128x10", "--peers", "torch", "--add"]
+    assert run(options(*asked)) == 1
+    said = capsys.readouterr().err
+    assert f"{CONTENDERS['torch'].label} is left out: not installed" in said
+    assert "the process failed and is left out:\nits last words" in said
+    assert not out.exists(), "nothing was measured"
+
+
+def test_a_process_that_is_not_waited_for_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def communicate(self, *_: Any, **__: Any) -> Any:
+            started.append(self)
+            self.stdin.close()
+            self.stderr.close()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        spawn(Task("softmax", [(2, 3)], "one", ["numpy"], SHORT, str(tmp_path), 2**16))
+    assert started[0].returncode is not None
+
+
+def test_processes_are_not_pinned_where_the_system_has_no_such_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    with worker.pinned([0]):
+        assert not hasattr(os, "sched_setaffinity")
+
+
+def test_a_machine_without_c_kernels_and_with_a_blas_unknown_is_described_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.BACKENDS["c"].__class__, "missing", lambda self: "no compiler")
+    monkeypatch.setattr(Path, "read_text", lambda self: "")
+    monkeypatch.setattr(np, "show_config", lambda mode: {"Build Dependencies": {"blas": {"name": "a-blas"}}})
+    assert machine.cpu_level() == ""
+    assert machine.blas() == "a-blas"
+
+
+def test_turns_wait_for_the_threads_of_others_to_go_to_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept = []
+    monkeypatch.setattr("minikd.bench.measure.time.sleep", slept.append)
+    timings = interleave({"a": lambda: None, "b": lambda: None}, SHORT, rest=True)
+    assert len(slept) >= 2 * LEAST_ROUNDS
+    assert set(timings) == {"a", "b"}
+
+
+def test_a_script_of_the_folder_writes_its_figures_beside_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    script, page = tmp_path / "bench" / "kernels.py", tmp_path / "README.md"
+    script.parent.mkdir()
+    page.write_text("the checkout's")
+    monkeypatch.setattr("sys.argv", [str(script), "--update-readme"])
+    assert suite.script(str(script), "a text", add_arguments, lambda found: asked.append(found) or 3) == 3
+    assert asked[0].out == str(script.with_suffix(".json"))
+    assert asked[0].update_readme == [str(page)]
+
+
+def test_a_failed_and_a_missing_contender_leave_their_cells_empty() -> None:
+    row = report_of._row("numpy", {"failed": "RuntimeError: no such thing"}, None)
+    assert row == (CONTENDERS["numpy"].label, *["–"] * 7, "RuntimeError: no such thing")
+    assert report_of.time_cell(None) == "–"
+    assert report_of.time_cell({"failed": "RuntimeError"}) == "failed"
+    assert report_of._peers_cells(None) == ["–", "–"]
+    assert report_of._limit_cells(None) == report_of._limit_cells({"share": None}) == ["–"] * 3

@@ -48,6 +48,21 @@ def test_every_contender_agrees_with_the_reference(name: str) -> None:
     assert not any(row["wrong"] for row in rows.values()), rows
 
 
+@pytest.mark.parametrize("name", STEPS)
+def test_what_torch_compiles_agrees_with_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is before the compiler has it, which would take a minute."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install 'minikd[test-oracles]'")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    step = STEPS[name]
+    inputs = step.make_inputs()
+    able = [key for key in SLOW_TO_COMPILE if name in CONTENDERS[key].kernels]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the peers
+        bound, rows = bind_all(able, step, inputs, step.expected(inputs), CONTENDERS, TOLERANCE)
+    assert list(bound) == able, rows
+    assert not any(row["wrong"] for row in rows.values()), rows
+
+
 @pytest.mark.parametrize("name", UPDATES)
 def test_a_step_that_is_a_twentieth_too_long_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     step = STEPS[name]

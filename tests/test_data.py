@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minikd.data import Dataset, Normalisation, batches, load, sha256_of, sources
+from minikd.data.archive import mapped_npy
 from minikd.data.batches import shuffled
 from minikd.data.idx import FILES, read_idx
 from minikd.data.splits import identical_rows, split
@@ -838,3 +839,25 @@ def test_random_damage_is_a_minikd_error_or_harmless(tmp_path: Path, form: str, 
     path.write_bytes(content[: data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))])
     said = complaint(source)
     assert said is None or path.stem in said or "rows for the" in said
+
+
+def test_an_archive_in_a_way_that_numpy_does_not_write_is_a_data_error(tmp_path: Path) -> None:
+    x, y = (io.BytesIO() for _ in "xy")
+    for stream, array in zip((x, y), pair(), strict=True):
+        np.save(stream, array)
+    later = b"\x93NUMPY\x09\0" + x.getvalue()[8:]  # a version of the format that there is not
+    for how, content, words in (
+        (zipfile.ZIP_DEFLATED, later, r"x is written in the .npy version \(9, 0\)"),
+        (zipfile.ZIP_BZIP2, x.getvalue(), "x is packed in another way than np.savez and np.savez_compressed do"),
+    ):
+        with zipfile.ZipFile(tmp_path / "a.npz", "w", how) as archive:
+            archive.writestr("x.npy", content)
+            archive.writestr("y.npy", y.getvalue())
+        with pytest.raises(DataError, match=words):
+            load(tmp_path / "a.npz")
+
+
+def test_an_empty_array_is_read_without_being_mapped(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.empty((0, 4), np.float32))
+    found = mapped_npy(tmp_path / "a.npy")
+    assert (found.shape, found.dtype, type(found)) == ((0, 4), np.float32, np.ndarray)

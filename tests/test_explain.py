@@ -10,7 +10,7 @@ import pytest
 
 import minikd as kd
 from minikd.errors import PlanError
-from minikd.explain import flops, measure, rows
+from minikd.explain import _quantity, flops, measure, rows
 
 F = kd.functional
 
@@ -95,3 +95,11 @@ def test_the_graph_joins_every_kernel_to_what_it_reads(trained: Any) -> None:
 def test_a_step_without_a_plan_has_nothing_to_explain() -> None:
     with pytest.raises(PlanError, match="Call it twice"):
         kd.compile(lambda x: x).explain()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0, "0 B"), (999.4, "999 B"), (999.5, "1.00 kB"), (12_345, "12.3 kB"), (123e6, "123 MB"), (1e13, "10000 GB")],
+)
+def test_quantities_have_three_digits_and_the_prefix_that_fits(value: float, said: str) -> None:
+    assert _quantity(value, "B") == said

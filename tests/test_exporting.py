@@ -1,5 +1,6 @@
 """`minikd export` and `minikd size`: what is written, what is proven of it, and what is refused."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 
 import minikd as kd
 from minikd import cli
-from minikd.export.verify import compiler
+from minikd.errors import ArgumentError, BackendError
+from minikd.export.network import Layer, Network
+from minikd.export.verify import compiler, verify
 
 NEEDS_COMPILER = pytest.mark.skipif(compiler() is None, reason="needs a C compiler")
 
@@ -110,3 +113,58 @@ def test_size_tells_flash_and_stack_of_both_forms(run: Path, capsys: Any) -> Non
     assert "64-8-10: 592 multiply-accumulates" in said
     assert "bytes float32 int8" in said
     assert "stack in a call, at most" in said
+
+
+def test_where_the_teacher_is_gone_a_student_is_trained_on_for_int8_on_its_labels(
+    run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    (moved / "teacher.safetensors").unlink()
+    arguments = ["--to", "c", "--quantize", "int8", "--finetune", "--epochs", "1", "--no-verify"]
+    status, _, err = command(capsys, "export", str(moved), *arguments, "--out", str(tmp_path / "device"))
+    assert status == 0, err
+    assert "The run's teacher is not there: the student is trained on its labels alone." in err
+
+
+def test_without_a_compiler_c_is_written_and_said_to_be_unchecked(
+    run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minikd.exporting.compiler", lambda: None)
+    status, said, _ = command(capsys, "export", str(run), "--to", "c", "--out", str(tmp_path / "device"))
+    assert (status, "not checked there is no C compiler here to build the files with" in said) == (0, True)
+    monkeypatch.setattr("minikd.export.verify.compiler", lambda: None)
+    model = kd.load(run / "student.safetensors")
+    with pytest.raises(BackendError, match="a C compiler must be installed, got no cc, gcc or clang"):
+        verify(tmp_path / "device", model, np.zeros((1, 64), np.float32))
+
+
+@NEEDS_COMPILER
+def test_what_was_proven_is_told_in_words(run: Path, tmp_path: Path, capsys: Any) -> None:
+    command(capsys, "export", str(run), "--to", "c", "--out", str(tmp_path / "device"))
+    model, data = kd.load(run / "student.safetensors"), kd.data.load("digits")
+    said = str(verify(tmp_path / "device", model, data.raw(data.x_test), data.y_test))
+    assert "rows through" in said
+    assert "the same bits as the NumPy reference" in said
+    assert "accuracy" in said
+    assert "lost +0.00 points" in said
+
+
+def test_a_network_of_several_activations_has_no_mlp() -> None:
+    linear = [Layer(np.eye(3, dtype=np.float32), np.zeros(3, np.float32), kind) for kind in ("relu", "tanh", "")]
+    zero, one = np.zeros(3, np.float32), np.ones(3, np.float32)
+    with pytest.raises(ArgumentError, match="all alike in the hidden layers, got relu, tanh"):
+        Network(tuple(linear), zero, one, ("a", "b", "c")).model()
+
+
+def test_the_size_of_what_cannot_be_quantised_is_told_in_float32_alone(
+    run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise ArgumentError("quantise", "the network", expected="one with ranges", got="none")
+
+    monkeypatch.setattr("minikd.exporting.quantise", refused)
+    status, said, _ = command(capsys, "size", str(run))
+    assert status == 0
+    assert "Not in int8: quantise: the network must be one with ranges" in said
+    assert "bytes float32 int8" not in said

@@ -311,3 +311,24 @@ def test_a_class_that_only_the_student_excludes_costs_infinity_however_small_the
     attrs = loss_attrs("distillation_loss", reduction="none")
     jit.binder("distillation_loss")(loss, None, *inputs, **attrs)()
     np.testing.assert_array_equal(loss, [np.inf, 0])
+
+
+@needs_numba
+def test_where_no_cache_can_be_written_kernels_are_compiled_for_this_process_alone(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jit_real = importlib.import_module("minikd.kernels.jit_real")
+    njit = jit_real.njit
+
+    def without_a_cache(**options: Any) -> Any:
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    def doubled_for_a_test(x: float) -> float:
+        return 2 * x
+
+    monkeypatch.setattr(jit_real, "njit", without_a_cache)
+    monkeypatch.setattr(jit_real, "KERNELS", {})
+    assert jit_real.kernel(doubled_for_a_test)(1.5) == 3.0
+    assert set(jit_real.KERNELS) == {"doubled_for_a_test"}

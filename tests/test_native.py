@@ -312,6 +312,36 @@ def test_results_do_not_depend_on_where_the_arrays_lie(level: str, dtype: str, c
     assert len(found) == 1
 
 
+LARGE = 24 << 20  # bytes of a result above which it is written past the caches
+
+
+@each_level
+@each_float
+def test_results_too_large_for_the_caches_have_the_bits_of_those_of_fewer_rows(level: str, dtype: str) -> None:
+    rng = np.random.default_rng(5)
+    classes = 5003  # an odd number: most rows begin at no address that a vector would like
+    n = LARGE // (classes * np.dtype(dtype).itemsize) + 2
+    z, other = (rng.normal(size=(n, classes)).astype(dtype) for _ in "st")
+    labels, t, half = rng.integers(0, classes, n), np.array(3.0), np.array(0.5)
+    cases: dict[str, list[Any]] = {
+        "softmax": [z, t],
+        "log_softmax": [z, t],
+        "distillation_loss": [z, other, labels, t, half, half],
+        "reverse_kl": [z, other, t],
+        "jensen_shannon": [z, other, t, half],
+        "decoupled_kd": [z, other, labels, t, half, half],
+        "standardised_kl": [z, other, t],
+    }
+    for name, inputs in cases.items():
+        attrs = {"reduction": "none"} if "reduction" in OPS[name].attrs else {}
+        large = [np.empty(n, dtype)] * bool(attrs) + [np.empty_like(z)]
+        run(level, name, *large, *inputs, **attrs)
+        for rows in (slice(0, n // 2), slice(n // 2, n)):
+            small = [np.empty_like(x[rows]) for x in large]
+            run(level, name, *small, *(x[rows] if x.ndim else x for x in inputs), **attrs)
+            assert all(x[rows].tobytes() == y.tobytes() for x, y in zip(large, small, strict=True)), name
+
+
 @each_float
 @pytest.mark.parametrize("name", sorted(n for n in native.NAMES if not n.endswith("_vjp")))
 def test_avx2_and_avx512_give_the_same_bits(name: str, dtype: str) -> None:
@@ -437,16 +467,41 @@ def test_a_label_out_of_range_is_refused_with_its_row(name: str, label: int) -> 
     assert_refused(outs, call, rf"{name}: target\[2\] must be a class id from 0 to 3 .* got {label}")
 
 
+@pytest.mark.parametrize("label", [-1, 4])
+@pytest.mark.parametrize("name", ["correct_count", "teacher_confidence", "corrected_logits", "decoupled_kd"])
+def test_other_kernels_that_read_labels_refuse_one_out_of_range_too(name: str, label: int) -> None:
+    z, one, target = np.zeros((3, 4), np.float32), np.array(1.0), np.array([0, -100, label])
+    op, given = OPS[name], {"teacher_logits": z, "student_logits": z, "logits": z, "target": target}
+    inputs = [given.get(argument.name, one) for argument in op.inputs]
+    shapes, saved_shapes = op.infer([x.shape for x in inputs], op.attrs)
+    written = zip((*op.outs, *op.saved), (*shapes, *saved_shapes), strict=True)
+    outs = [np.full(shape, 7, KINDS[argument.kind] or np.float32) for argument, shape in written]
+    call = native.binder(name)(*outs, *inputs, **op.attrs)
+    assert_refused(outs, call, rf"{name}: target\[2\] must be a class id from 0 to 3 .* got {label}")
+
+
+@pytest.mark.parametrize("name", ["softmax_vjp", "log_softmax_vjp"])
+def test_a_bad_temperature_is_refused_on_the_way_back_too(name: str) -> None:
+    z, t, (dx,) = np.zeros((3, 4), np.float32), np.array(-1.0), untouched((3, 4))
+    call = native.binder(name)(dx, z, z, None, t)
+    assert_refused([dx], call, "temperature must be a finite number above 0, got -1.0")
+
+
 @pytest.mark.parametrize("row", [-1, 5])
-@pytest.mark.parametrize("name", ["take", "take_vjp"])
+@pytest.mark.parametrize("name", ["take", "take_vjp", "take_scaled", "take_index"])
 def test_a_row_number_out_of_range_is_refused(name: str, row: int) -> None:
     x, rows = np.zeros((5, 2), np.float32), np.array([1, row])
-    if name == "take":
-        outs = untouched((2, 2))
-        call = native.binder(name)(*outs, x, rows)
-    else:
+    if name == "take_vjp":
         outs = untouched((5, 2))
-        call = native.binder(name)(*outs, np.zeros((2, 2), np.float32), None, None, rows)
+        inputs = [np.zeros((2, 2), np.float32), None, None, rows]
+    elif name == "take_index":
+        outs = [np.full(2, 7)]
+        inputs = [np.arange(5), rows]
+    else:
+        outs = untouched((2, 2))
+        ones = np.ones(2, np.float32)
+        inputs = [x.astype(np.uint8), rows, ones, ones] if name == "take_scaled" else [x, rows]
+    call = native.binder(name)(*outs, *inputs)
     assert_refused(outs, call, rf"rows\[1\] must be a row number from 0 to 4 .* got {row}")
 
 
@@ -487,6 +542,30 @@ def test_inputs_may_be_read_only() -> None:
     np.testing.assert_allclose(y.sum(axis=1), 1, rtol=1e-6)
 
 
+TOO_MANY = 2**50  # columns: no machine has memory beside the buffers for rows of so many
+
+
+@each_float
+@pytest.mark.parametrize("name", ["distillation_loss", "reverse_kl", "standardised_kl", "linear_relu_vjp", "bias_vjp"])
+def test_memory_that_is_not_to_be_had_is_an_error_and_nothing_is_written(name: str, dtype: str) -> None:
+    n = 1000
+    z, one, b = np.zeros((n, 2), dtype), np.array(1.0), np.zeros(2, dtype)
+    loss, gradient = np.full((), 7, dtype), np.full((n, 2), 7, dtype)
+    cases: dict[str, tuple[list[Any], list[Any], int]] = {  # what is written, what is read, which size is the columns
+        "distillation_loss": ([loss, gradient], [z, z, np.zeros(n, np.int64), one, one, one], 1),
+        "reverse_kl": ([loss, gradient], [z, z, one], 1),
+        "standardised_kl": ([loss, gradient], [z, z, one], 1),
+        "linear_relu_vjp": ([gradient, None, None], [z, z, z, np.eye(2, dtype=dtype), b], 2),
+        "bias_vjp": ([gradient, np.full(2, 7, dtype)], [z, z, z, b], 1),
+    }
+    written, read, place = cases[name]
+    call = native.binder(name)(*written, *read, **OPS[name.removesuffix("_vjp")].attrs)
+    call.record.size[place] = TOO_MANY
+    with pytest.raises(MemoryError, match=f"{name.removesuffix('_vjp')}: there is no memory beside its buffers"):
+        call()
+    assert all((x == 7).all() for x in written if x is not None)
+
+
 @each_float
 @pytest.mark.parametrize("classes", [10, WIDE])
 def test_a_loss_needs_no_gradient_buffer(dtype: str, classes: int) -> None:
@@ -512,3 +591,29 @@ def test_a_vjp_that_nobody_needs_does_nothing(name: str) -> None:
     inputs, attrs = op.example(np.random.default_rng(5), np.float32)[0]
     outs, saved, arrays = execute(op, inputs, attrs)
     run("base", name, *(None for _ in op.wrt), *outs, *outs, *saved, *arrays, **attrs)
+
+
+def test_where_the_system_does_not_tell_which_processors_may_be_used_all_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert native.usable_cpus() == [0, 1, 2]
+
+
+def test_without_the_extension_module_there_are_no_kernels_and_it_is_said_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_module", None)
+    monkeypatch.setattr(native, "_missing", "there was no compiler")
+    assert native.cpu_levels() == ()
+    assert native.unavailable() == "there was no compiler"
+    with pytest.raises(BackendError, match="the C backend must be built, got none: there was no compiler"):
+        native.set_threads(1)
+    for heeds in (native._use_default_threads, native._use_default_products):
+        heeds.__wrapped__()  # nothing to set
+
+
+def test_a_sequence_of_calls_raises_what_the_refused_one_would() -> None:
+    p, z, bad = np.ones((1, 3), np.float32), np.ones((1, 3), np.float32), np.array(0.0)
+    y = np.ones(3, np.float32)
+    (sequence,) = native.join([native.binder("add_into")(y, y), native.binder("softmax")(p, z, bad)])
+    with pytest.raises(ArgumentError, match="softmax: temperature must be a finite number above 0"):
+        sequence()
+    np.testing.assert_array_equal(y, [2, 2, 2])

@@ -303,6 +303,41 @@ def writes_too_much(*arguments: int) -> None:
         ctypes.c_float.from_address(arguments[11] + 4 * k).value = 0.0
 
 
+def multiplier(real: Any) -> Any:
+    """A product of Fortran's interface with 32-bit integers, in Python: columns, each so long as its ld says."""
+
+    def columns(address: int, count: int, length: int) -> Any:
+        return np.ctypeslib.as_array((real * (count * length)).from_address(address)).reshape(count, length)
+
+    @GEMM
+    def multiply(*arguments: int) -> None:
+        transposed = [ctypes.c_char.from_address(address).value == b"T" for address in arguments[:2]]
+        m, n, k, lda, ldb, ldc = (ctypes.c_int32.from_address(arguments[i]).value for i in (2, 3, 4, 7, 9, 12))
+        a = columns(arguments[6], m if transposed[0] else k, lda)[:, : k if transposed[0] else m]
+        b = columns(arguments[8], k if transposed[1] else n, ldb)[:, : n if transposed[1] else k]
+        alpha, beta = (real.from_address(arguments[i]).value for i in (5, 10))
+        c = columns(arguments[11], n, ldc)[:, :m]
+        assert (alpha, beta) == (1, 0)
+        c[...] = (b.T if transposed[1] else b) @ (a if not transposed[0] else a.T)
+
+    return multiply
+
+
+@each_level
+@each_float
+@pytest.mark.parametrize("shape", [(5, 6, 7), (31, 400, 9)])
+def test_a_blas_whose_integers_have_32_bits_gets_what_it_expects(
+    level: str, dtype: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = [multiplier(real) for real in (ctypes.c_float, ctypes.c_double)]
+    narrow = blas.Library("ours", 32, *(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in both))
+    assert blas.is_right(narrow)
+    monkeypatch.setattr(blas, "library", lambda: narrow)
+    native.use_products("blas")
+    for product in products(*shape, dtype):
+        assert_right(computed(product, level), product)
+
+
 @pytest.mark.parametrize("wrong", [does_nothing, writes_too_much])
 @pytest.mark.parametrize("which", ["sgemm", "dgemm"])
 def test_a_function_that_does_not_multiply_is_refused(wrong: Any, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,3 +400,16 @@ def test_without_the_extension_module_there_are_no_products_to_choose(monkeypatc
         patch.setattr(native, "_module", None)
         with pytest.raises(BackendError, match="the C backend must be built"):
             native.use_products("own")
+
+
+def test_a_blas_that_numpy_brings_but_did_not_load_is_passed_over(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numpy.libs").mkdir()
+    (tmp_path / "numpy.libs" / "libopenblas.so").write_text("no library")
+    monkeypatch.setattr(np, "__file__", str(tmp_path / "numpy" / "__init__.py"))
+    assert list(blas._of_numpy()) == []
+
+
+def test_a_blas_that_does_not_say_which_it_is_has_a_name_all_the_same() -> None:
+    assert blas._version(0) == "BLAS"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import importlib
 import io
 import json
 import re
@@ -465,3 +466,11 @@ def test_the_page_on_the_report_names_every_key_that_there_is(result: DistillRes
         | set(situation["difference"])
     )
     assert keys <= documented, sorted(keys - documented)
+
+
+def test_where_no_blas_is_found_in_the_process_numpy_is_asked_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = importlib.import_module("minikd.report.environment")
+    monkeypatch.setattr(environment.blas, "library", lambda: None)
+    monkeypatch.setattr(np, "show_config", lambda mode: {"Build Dependencies": {"blas": {"name": "a-blas"}}})
+    (numpy,) = (row[1] for row in report.environment_table().rows if row[0] == "NumPy")
+    assert numpy == f"{np.__version__}, matrix products by a-blas"

@@ -779,3 +779,39 @@ def test_a_long_labelling_tells_where_it_is(
     with bar:
         bar(kd.store.Progress(30, 50, 10, 2.0))
     assert bar.last.rows == 30
+
+
+def test_shards_are_read_alike_where_the_system_has_no_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    z = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
+    write(tmp_path / "store", kd.teachers.TableTeacher(z), z, rows_per_shard=20)
+    rows = np.array([49, 0, 7, 20, 19])
+    usual = open(tmp_path / "store").logits(None, rows)
+    monkeypatch.delattr(os, "preadv")
+    np.testing.assert_array_equal(open(tmp_path / "store").logits(None, rows), usual)
+
+
+def test_a_manifest_with_as_many_names_as_there_are_not_classes_is_damaged(tmp_path: Path) -> None:
+    z = np.zeros((5, 3), np.float32)
+    write(tmp_path / "store", kd.teachers.TableTeacher(z), z, class_names=list("abc"))
+    (path,) = (tmp_path / "store").glob("*.json")
+    content = json.loads(path.read_text("utf-8"))
+    content["class_names"].append("d")
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(DataError, match="as many as there are names, got top_k 0, 4 class names"):
+        open(tmp_path / "store")
+
+
+def test_a_shard_that_becomes_shorter_while_it_is_open_is_damaged(tmp_path: Path) -> None:
+    z = np.zeros((50, 7), np.float32)
+    write(tmp_path / "store", kd.teachers.TableTeacher(z), z)
+    found = open(tmp_path / "store")
+    found.logits(None, np.array([0]))
+    os.truncate(shard_path(tmp_path / "store", 0), 40)
+    with pytest.raises(DataError):
+        found.logits(None, np.array([49]))
+
+
+def test_a_store_of_all_logits_in_float32_says_that_it_lost_nothing(tmp_path: Path) -> None:
+    z = np.zeros((5, 3), np.float32)
+    stored = write(tmp_path / "store", kd.teachers.TableTeacher(z), z)
+    assert labelling.error_in_words(stored) == "none: all logits, in float32"

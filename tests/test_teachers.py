@@ -800,3 +800,102 @@ def test_as_teacher_loads_no_library_that_is_not_needed() -> None:
     ).stdout.split()
     assert "minikd.teachers" in found
     assert not {"torch", "sklearn", "onnxruntime", "onnx", "joblib"} & set(found)
+
+
+# --- what is refused, in words ---
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: Ensemble([], average="logits"), ArgumentError, "teachers must be one teacher at least, got none"),
+        (lambda: TableTeacher(SCORES, gives="scores"), ArgumentError, "gives must be one of logits, .* got 'scores'"),
+        (lambda: TableTeacher(SCORES[0]), ShapeError, r"numbers of shape \(samples, classes\), got float32 of shape"),
+        (lambda: as_teacher(SCORES, classes=3, class_names=list("abcd")), ArgumentError, "classes must be 4, as class"),
+        (
+            lambda: as_teacher(named("abcd"), class_names=list("abdc")),
+            ArgumentError,
+            "the classes a, b, d, c, got a, b",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(make: Callable[[], Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make()
+
+
+def named(names: str) -> kd.nn.MLP:
+    """A network whose classes have these letters as names."""
+    model = kd.nn.MLP((K, len(names)))
+    model.class_names = tuple(names)
+    return model
+
+
+def test_an_estimator_without_a_content_needs_an_identity_of_the_users() -> None:
+    model = Margin(0)
+    vars(model)["cannot_be_pickled"] = lambda: None
+    with pytest.raises(ArgumentError, match="a model that can be pickled, which its identity needs"):
+        _ = as_teacher(model).identity
+    assert as_teacher(model, identity="mine").identity == "mine"
+
+
+def test_without_joblib_an_estimators_content_is_still_its_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str, *_: Any, **__: Any) -> Any:
+        raise BackendError("as_teacher", name, expected="installed", got="none")
+
+    monkeypatch.setattr("minikd.teachers.estimators.library", absent)
+    first, same, other = (as_teacher(Margin(seed)).identity for seed in (0, 0, 1))
+    assert first == same
+    assert first != other
+
+
+def test_a_models_file_says_itself_what_it_gives(tmp_path: Path) -> None:
+    kd.save(tmp_path / "m.safetensors", named("abcd"))
+    with pytest.raises(ArgumentError, match="gives must be left out for a model of minikd, got 'probabilities'"):
+        as_teacher(tmp_path / "m.safetensors", gives="probabilities")
+
+
+def test_the_only_array_of_an_archive_is_the_table_whatever_its_name(tmp_path: Path) -> None:
+    np.savez(tmp_path / "t.npz", whatever=SCORES)
+    np.testing.assert_array_equal(as_teacher(tmp_path / "t.npz", gives="logits").logits(None, ROWS), SCORES)
+
+
+def test_functions_within_functions_and_sets_are_part_of_what_a_function_is() -> None:
+    def made(factor: float) -> Callable[[Any], Any]:
+        def scores(x: Any) -> Any:
+            if factor in {1.0, 2.0}:
+                return (lambda z: z @ WEIGHTS)(x) * factor
+            return x @ WEIGHTS
+
+        return scores
+
+    first, same, other = (as_teacher(made(factor), classes=C).identity for factor in (1.0, 1.0, 2.0))
+    assert first == same
+    assert first != other
+
+
+def test_an_onnx_model_that_cannot_be_a_teacher_is_refused_in_words(tmp_path: Path) -> None:
+    onnx = library("onnx")
+    library("onnxruntime")
+    with pytest.raises(ModelFormatError, match="a readable file"):
+        kd.teachers.OnnxTeacher(tmp_path)
+    two = onnx_model(0)
+    two.graph.input.append(onnx.helper.make_tensor_value_info("mask", onnx.TensorProto.FLOAT, [None, 1]))
+    with pytest.raises(ModelFormatError, match="a model with one input, got x, mask"):
+        kd.teachers.OnnxTeacher(two.SerializeToString()).logits(X)
+    words = onnx_model(0)
+    del words.graph.node[:], words.graph.initializer[:]
+    words.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.STRING
+    words.graph.node.append(onnx.helper.make_node("Identity", ["x"], ["unused"]))
+    scores = onnx.numpy_helper.from_array(SCORES, "scores")
+    words.graph.node.append(onnx.helper.make_node("Constant", [], [words.graph.output[0].name], value=scores))
+    with pytest.raises(ModelFormatError, match=r"a model whose input is one of .*float.*, got tensor\(string\)"):
+        kd.teachers.OnnxTeacher(words.SerializeToString()).logits(X)
+
+
+def test_the_output_of_an_onnx_model_can_be_named() -> None:
+    library("onnxruntime")
+    content = onnx_model(0).SerializeToString()
+    name = kd.teachers.OnnxTeacher(content).output
+    chosen = kd.teachers.OnnxTeacher(content, output=name)
+    np.testing.assert_array_equal(chosen.logits(X), kd.teachers.OnnxTeacher(content).logits(X))

@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minikd as kd
-from minikd import cli
+from minikd import cli, schedules
 from minikd.augmentation import Shift
 from minikd.checkpoints import Checkpoint, Checkpoints
 from minikd.data.batches import balanced_batches
 from minikd.errors import ArgumentError, DivergenceError, ModelFormatError, OutputError, ShapeError
 from minikd.nn import MLP
-from minikd.objectives import HardLabels, SoftLabels
+from minikd.objectives import HardLabels, Hints, SoftLabels
 from minikd.peers import Peers
-from minikd.training import Epoch, StepReport, Training, endless_batches, fit
+from minikd.training import Epoch, StepReport, Training, endless_batches, fit, outputs_by_layer
 
 KILLS = int(os.environ.get("MINIKD_KILLS", "4"))  # of a run, at random moments; the long loop is 50
 
@@ -424,3 +424,88 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file"):
         Checkpoints(tmp_path / "file" / "checkpoints").training("a")
+
+
+# --- what is refused before anything is trained, and what is said of a step that spoils the weights ---
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"objective": SoftLabels()}, "teacher_logits must be there for an objective that compares with a teacher"),
+        ({"objective": Hints(pairs=(("0", "0"),))}, "teacher_features must be the teacher's layers .*, got none of 0"),
+        ({"sampling": "random"}, "sampling must be one of shuffled, balanced, got 'random'"),
+        ({"patience": 3}, "validation must be there for early stopping, got None"),
+    ],
+)
+def test_what_a_training_needs_and_was_not_given_is_refused(options: dict[str, Any], words: str, rows: Any) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        fit(network(), *rows[:2], epochs=1, **options)
+
+
+def test_a_training_without_a_teacher_needs_a_label_and_rows_need_one_another(rows: Any) -> None:
+    x, y, soft = rows
+    with pytest.raises(ArgumentError, match="y must be at least one label where there is no teacher, got none"):
+        fit(network(), x, np.full_like(y, -1), epochs=1)
+    with pytest.raises(ShapeError, match="x, y and teacher_logits must be of the same length, got 150 and 150 and 149"):
+        fit(network(), x, y, soft[:-1], epochs=1)
+
+
+def test_a_step_that_is_too_large_is_said_to_be_with_the_parameter_that_it_spoils(rows: Any) -> None:
+    x, y, _ = rows
+    with pytest.raises(DivergenceError, match="the step itself is too large, first in the parameter") as caught:
+        fit(network(), 100 * x, y, epochs=2, optimizer="sgd", lr=3e38, schedule="constant")
+    assert "weights that are not finite" in str(caught.value)
+
+
+def test_each_layer_of_each_peer_is_looked_at_and_a_module_of_ones_own_as_a_whole(rows: Any) -> None:
+    class Own(kd.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x: Any) -> Any:
+            return self.inner(x)
+
+    x, own = rows[0][:5], Own()
+    found = outputs_by_layer(Peers([network(1), network(2)]), x)
+    assert len({name.split(".")[0] for name in found}) == 2
+    assert all(len(array) == 5 for array in found.values())
+    assert list(outputs_by_layer(own, x)) == ["the last"]
+    assert own.training
+
+
+# --- schedules ---
+
+
+def test_a_product_of_schedules_is_the_product_of_their_factors_and_a_text_of_both() -> None:
+    both = schedules.parse("warmup(0.5) * step(0.1, 0.25)")
+    first, second = schedules.Warmup(0.5), schedules.Step(0.1, 0.25)
+    for progress in (0.0, 0.2, 0.5, 0.8, 1.0):
+        assert both(progress) == first(progress) * second(progress)
+    assert str(both) == f"{first} * {second}"
+    assert str(schedules.parse(str(both))) == str(both)
+    assert second(0.8) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("2", "a schedule, got '2'"),
+        ("warmup(2)", r"share must be a share of the training in \(0, 1\], got 2"),
+        ("step(0.5, 0)", r"every must be a share of the training in \(0, 1\], got 0"),
+        ("linear(-1, 1)", "a schedule of finite factors from 0, got one that gives -1"),
+        (3, "a function of progress or its text, got 3"),
+        ("warmup", "got warmup without its brackets. Did you mean warmup"),
+        ("cosin()", r"got the unknown name cosin. Did you mean cosine\(\)"),
+        ("xyz()", "got the unknown name xyz. Write, for example"),
+        ("cosine(", r"got 'cosine\('"),
+        ("cosine(1, 2, 3, 4, 5)", "cosine"),
+        ("'a' * 3", "str is no factor"),
+        ("cosine(" + "1" * 10_000 + ")", "10,008 characters"),
+    ],
+)
+def test_what_is_no_schedule_is_refused_in_words(value: Any, words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        schedules.as_schedule("a test", "schedule", value)
+    assert schedules.as_schedule("a test", "schedule", "") is None
