@@ -535,7 +535,7 @@ def test_many_rows_are_counted_and_added_up_by_as_many_threads_as_there_are(monk
     call()
     assert np.isnan(given[0])
     with pytest.raises(ArgumentError, match=rf"target\[{n - 1}\]"):
-        launches.refusals.check()
+        launches.REFUSALS.check()
     labels[-1] = 1
     wanted, exact = np.empty(()), np.empty(z.shape)
     reference("cross_entropy", wanted, exact, widen(z), labels, None)
