@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cuda_on_cpu
@@ -363,6 +365,21 @@ def test_arrays_come_in_and_go_out_by_dlpack_without_a_copy(place: Place) -> Non
     assert (x.device, address(x.array)) == ("cuda", address(array))
     back = place.cupy.from_dlpack(x)
     assert address(back) == address(array)
+
+
+def test_the_page_on_the_gpu_runs_as_printed(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    rng = np.random.default_rng(0)
+    x, logits = (rng.normal(size=(4, 8, k)).astype(np.float32) for k in (784, 10))
+    names: dict[str, Any] = {"batches": list(zip(x, logits, rng.integers(0, 10, (4, 8)), strict=True))}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/gpu.md", "exec"), names)
+    assert np.isfinite(float(capsys.readouterr().out))
+    assert isinstance(names["probabilities"], np.ndarray)
+    assert (tmp_path / "student.safetensors").exists()
 
 
 @pytest.mark.gpu
