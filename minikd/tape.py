@@ -33,7 +33,7 @@ class Recordable:
 
 
 class Node:
-    """One operation that ran: what it read and wrote, as far as its vjp wants them back."""
+    """One operation that ran: what it read and wrote, as far as its vjp wants them back, and all that it saved."""
 
     __slots__ = ("__weakref__", "attrs", "inputs", "op", "out", "parents", "saved", "versions")
 
@@ -50,7 +50,7 @@ class Node:
         self.op, self.attrs = op, attrs
         self.parents: Sequence[Tensor | None] | None = parents
         self.inputs = [x if read else None for read, x in zip(reads, arrays, strict=True)]
-        self.saved = [x if read else None for read, x in zip(op.reads_saved, saved, strict=True)]
+        self.saved: Sequence[Any] = saved
         self.out = outs[0] if op.reads_outs[0] else None
         self.versions = [0 if p is None else p.version for p in parents]
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from minikd.kernels import current_backend
 from minikd.tape import is_recording
 
-# The seeds are fixed in both profiles, and a failure prints the line that reproduces it.
+# The seeds are fixed in all profiles, and a failure prints the line that reproduces it.
 settings.register_profile(
     "dev",
     max_examples=30,
@@ -30,6 +30,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 )
 settings.register_profile("ci", parent=settings.get_profile("dev"), max_examples=300)
+settings.register_profile("mutants", parent=settings.get_profile("dev"), max_examples=10)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 

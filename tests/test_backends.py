@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -60,7 +62,7 @@ def test_what_is_said_of_a_backend_is_whether_it_runs_why_not_and_what_it_takes_
 
 
 def test_a_backend_whose_package_is_missing_says_how_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = kernels.Backend("minikd.kernels.jit", "no_such_package", "numba")
+    absent = kernels.Backend("minikd.kernels.no_such_module", "no_such_package", "numba")  # which is not imported
     monkeypatch.setitem(BACKENDS, "numba", absent)
     reason = "the package no_such_package is not installed: pip install 'minikd[numba]'"
     assert absent.missing() == reason
@@ -90,6 +92,13 @@ def test_without_a_wish_the_first_that_runs_is_chosen(monkeypatch: pytest.Monkey
     monkeypatch.setitem(BACKENDS, "c", kernels.Backend("minikd.kernels.native", "no_such_package", ""))
     monkeypatch.setitem(BACKENDS, "numba", kernels.Backend("minikd.kernels.jit", "no_such_package", ""))
     assert current_backend() == "numpy"
+
+
+@pytest.mark.parametrize("ask", [kernels.in_use, lambda: kernels.execute(OPS["relu"], [np.ones(2)], {})])
+@pytest.mark.usefixtures("nothing_chosen")
+def test_whatever_is_asked_first_chooses(ask: Callable[[], Any]) -> None:
+    ask()
+    assert kernels.in_use().name == current_backend() == next(name for name in BACKENDS if not BACKENDS[name].missing())
 
 
 @pytest.mark.usefixtures("nothing_chosen")
@@ -153,6 +162,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[MinikdError], str]] = {
         ShapeError,
         "relu: du must be writable, got a read-only array.",
     ),
+    "a saved value that cannot be written": (
+        lambda: bind("kl_div", np.zeros((), np.float32), READ_ONLY, X, X),
+        ShapeError,
+        "kl_div: gradient must be writable, got a read-only array.",
+    ),
     "an update that cannot be written": (
         lambda: bind("sgd_step", READ_ONLY[0], None, X[0], np.float64(1)),
         ShapeError,
@@ -212,12 +226,30 @@ def test_it_is_refused_and_the_message_says_what_and_why(name: str) -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "standardised_kl", "distillation_loss"])
+BEFORE_AND_BEHIND_THE_TEMPERATURE: dict[str, tuple[list[Any], int]] = {
+    "reverse_kl": ([], 0),
+    "jensen_shannon": ([], 1),
+    "skewed_kl": ([], 1),
+    "standardised_kl": ([], 0),
+    "decoupled_kd": ([np.array([0, 1])], 2),
+    "distillation_loss": ([None], 2),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_AND_BEHIND_THE_TEMPERATURE)
 def test_a_temperature_of_0_is_refused_by_a_kernel_in_its_own_name(name: str, backend: str) -> None:
-    weights = [np.float64(1)] * 2 if name == "distillation_loss" else []
-    target = [None] if name == "distillation_loss" else []
+    target, weights = BEFORE_AND_BEHIND_THE_TEMPERATURE[name]
     with pytest.raises(ArgumentError, match=f"^{name}: temperature must be a finite number above 0"):
-        kernels.execute(OPS[name], [X, X, *target, np.float64(0), *weights], {})
+        kernels.execute(OPS[name], [X, X, *target, np.float64(0), *[np.float64(0.5)] * weights], {})
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "decoupled_kd", "distillation_loss"])
+def test_a_label_that_there_is_not_is_refused_by_a_kernel_in_its_own_name(name: str, backend: str) -> None:
+    target, behind = np.array([0, 3]), [None] if name == "cross_entropy" else [np.float64(1)] * 3
+    scores = [X] if name == "cross_entropy" else [X, X]
+    with pytest.raises(MinikdError, match=f"^{name}: ") as caught:
+        kernels.execute(OPS[name], [*scores, target, *behind], {})
+    assert "3" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.int32, np.uint8, bool, ">f4", ">f8", np.float32, np.float64])
@@ -237,12 +269,94 @@ def test_whole_numbers_beside_float64_keep_all_their_digits() -> None:
     assert other.item() == large
 
 
+def test_whole_numbers_beside_float32_are_rounded_once() -> None:
+    number = 2**60 + 2**36 + 1  # a little above the middle of two floats; float64 would lose that little
+    (_, other), _ = prepare(OPS["add"], [np.zeros((1, 1), np.float32), np.full((1, 1), number)])
+    assert other.item() == 2**60 + 2**37
+
+
+def test_an_operation_on_class_ids_alone_counts_as_one_on_float32() -> None:
+    _, real = prepare(OPS["take_index"], [np.arange(3), np.arange(2)])
+    assert real == np.float32
+
+
+@pytest.mark.parametrize("number", [3, np.float32(3), np.array(3), 3.0])
+def test_a_scalar_is_a_float_or_becomes_an_array_of_float64(number: Any) -> None:
+    (_, factor), _ = prepare(OPS["scale"], [X, number])
+    assert factor == 3
+    assert type(factor) is float or (factor.dtype == np.float64 and factor.shape == ())
+    assert prepare(OPS["scale"], [3.0, number])[0][0].dtype == np.float64  # a number where an array belongs becomes one
+
+
 def test_a_number_that_int64_does_not_hold_stays_too_large() -> None:
     most = np.iinfo(np.int64).max
     found = as_index("f", "a", np.array([0, 5, 2**63, 2**64 - 1], np.uint64))
     assert found.dtype == np.int64
     assert found.tolist() == [0, 5, most, most]
     assert as_index("f", "a", np.array([-3, 4], np.int8)).tolist() == [-3, 4]
+
+
+def test_an_operation_saves_for_backward_unless_it_is_told_not_to() -> None:
+    inputs = [X, np.array([0, 1]), None]
+    assert kernels.execute(OPS["cross_entropy"], inputs, {})[1][0].shape == X.shape
+    assert kernels.evaluate(OPS["cross_entropy"], inputs, {})[1][0].shape == X.shape
+    assert kernels.execute(OPS["cross_entropy"], inputs, {}, save=False)[1] == [None]
+
+
+def test_buffers_that_look_like_those_before_are_launched_as_those(backend: str) -> None:
+    first = kernels.in_use().launch("relu", (np.empty((7, 5)), np.ones((7, 5))), {})
+    assert kernels.in_use().launch("relu", (np.empty((7, 5)), np.zeros((7, 5))), {}) is first
+    assert kernels.in_use().launch("relu", (np.empty((5, 7)), np.zeros((5, 7))), {}) is not first
+
+
+def test_a_kernels_launcher_is_made_once(backend: str) -> None:
+    for name in ("relu", "scale", "cross_entropy"):
+        assert kernels.in_use().launcher(name) is kernels.in_use().launcher(name)
+
+
+def test_a_backend_needs_no_more_than_binders(monkeypatch: pytest.MonkeyPatch) -> None:
+    def binder(name: str) -> Callable[..., Callable[[], None]]:
+        return lambda *buffers, **attrs: lambda: np.copyto(buffers[0], {"relu": 7, "neg": 8}[name])
+
+    simple = SimpleNamespace(NAMES={"relu", "neg"}, binder=binder)
+    monkeypatch.setitem(sys.modules, "minikd.kernels.simple", simple)
+    monkeypatch.setitem(BACKENDS, "simple", kernels.Backend("minikd.kernels.simple", "", ""))
+    used = kernels._InUse("simple")
+    y = np.empty(2)
+    for name, wanted in (("relu", 7), ("neg", 8), ("exp", 1)):  # the last from the reference
+        used.run(name, y, np.zeros(2))
+        assert y.tolist() == [wanted, wanted]
+
+
+@pytest.mark.parametrize("real", [None, np.dtype(np.float32)])
+def test_inputs_that_look_like_those_before_are_not_prepared_again(real: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.ones((7, 3), np.float32)
+    kernels.execute(OPS["relu"], [x], {}, real=real)
+    monkeypatch.setattr(kernels, "prepare", None)
+    monkeypatch.setattr(kernels, "_learn", None)
+    assert kernels.execute(OPS["relu"], [-x], {}, real=real)[0][0].tolist() == np.zeros((7, 3)).tolist()
+
+
+def test_inputs_that_become_what_those_before_became_are_not_learned_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.ones((7, 4), int)
+    kernels.execute(OPS["relu"], [x], {})
+    monkeypatch.setattr(kernels, "_learn", None)
+    assert kernels.execute(OPS["relu"], [-x], {})[0][0].tolist() == np.zeros((7, 4)).tolist()
+
+
+def test_neighbours_become_one_call_where_the_backend_can_run_them_as_one(backend: str) -> None:
+    x = np.array([-1.0, 2.0])
+    y, z = np.empty(2), np.empty(2)
+    calls = kernels.join([bind("scale", y, x, np.float64(2)), bind("scale", z, y, np.float64(3))])
+    assert len(calls) == (1 if backend == "c" else 2)
+    for call in calls:
+        call()
+    assert z.tolist() == [-6, 12]
+
+
+def test_class_ids_of_the_right_kind_are_taken_as_they_are() -> None:
+    ids = np.array([0, 2**60 + 1])
+    assert as_index("f", "a", ids) is ids
 
 
 def test_an_input_that_holds_no_numbers_is_refused_by_its_name_in_the_operation() -> None:

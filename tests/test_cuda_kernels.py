@@ -66,8 +66,7 @@ def filled(shape: Any, dtype: Any) -> Any:
 @pytest.fixture(autouse=True)
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     stand_in: Any = types.ModuleType("cupy")
-    stand_in.ndarray = DeviceArray
-    stand_in.RawModule = RawModule
+    stand_in.RawModule, stand_in.ndarray = RawModule, DeviceArray
     stand_in.empty = filled
     stand_in.zeros = lambda shape, dtype: on_device(np.zeros(shape, dtype))
     stand_in.cuda = types.SimpleNamespace(Device=Device)

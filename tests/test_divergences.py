@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import minikd as kd
 from minikd import functional as F
 from minikd.errors import ArgumentError, DTypeError, MinikdError, ShapeError
-from minikd.kernels import native
+from minikd.kernels import execute, native
 from minikd.kernels.reference import bind_reference
 from minikd.ops import OPS
 
@@ -400,6 +400,19 @@ def test_a_row_without_an_answer_is_nan_and_touches_no_other(name: str, dtype: A
 
 @on_each_backend
 @each_float
+@pytest.mark.parametrize("c", [4, 130])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_decoupled_row_with_no_class_but_the_target_has_no_gradient_anywhere(dtype: Any, c: int, place: int) -> None:
+    pair = [random_logits(21, 2, c).astype(dtype), random_logits(22, 2, c).astype(dtype)]
+    pair[place][0, 1:] = -np.inf
+    for alpha in (0.0, 1.0):
+        rows, gradient = F.decoupled_kd(*pair, np.array([0, 0]), alpha=alpha, reduction="none", return_grad=True)
+        assert np.isnan(rows).tolist() == [True, False]
+        assert np.isnan(gradient).all(axis=1).tolist() == np.isnan(gradient).any(axis=1).tolist() == [True, False]
+
+
+@on_each_backend
+@each_float
 @pytest.mark.parametrize("c", [3, 6, 130])
 def test_scores_that_are_all_equal_have_no_deviation_however_large_they_are(dtype: Any, c: int) -> None:
     teacher = random_logits(22, 2, c).astype(dtype)
@@ -772,3 +785,44 @@ def test_one_side_far_above_the_other_costs_no_digit(backend: str, dtype: Any, c
         far, near = (divergence(z, teacher, temperature=2.0, **kwargs) for z in (student, flat))
         assert far == pytest.approx(near, rel=1e-4 if dtype == np.float32 else 1e-9)
         assert far > 0
+
+
+@on_each_backend
+def test_rows_without_a_label_add_nothing_to_a_decoupled_loss_of_however_few_classes() -> None:
+    for c in (1, 2, 3):
+        logits, numbers = np.ones((2, c)), [np.float64(1)] * 3
+        (loss,), (gradient,), _ = execute(OPS["decoupled_kd"], [logits, logits, np.full(2, -100), *numbers], {})
+        assert loss == 0
+        assert not gradient.any()
+
+
+@on_each_backend
+def test_two_classes_are_standardised_to_a_half_in_square() -> None:
+    loss = F.standardised_kl(np.array([[5.0, -1.0]]), np.array([[0.0, 0.5]]), temperature=1.0)
+    z = np.array([1, -1]) / np.sqrt(2)
+    p = np.exp(z) / np.exp(z).sum()
+    assert loss == pytest.approx((p[::-1] * np.log(p[::-1] / p)).sum(), rel=1e-6)  # but for the eps in the divisor
+
+
+@on_each_backend
+@pytest.mark.parametrize("name", ["jensen_shannon", "skewed_kl"])
+def test_a_mixture_that_is_one_side_costs_that_side_nothing_even_where_the_other_is_infinitely_far(name: str) -> None:
+    student, teacher = np.array([[0, 1, 2, -np.inf]]), np.array([[0, 2, -np.inf, 1]])
+    for share in (0.0, 1.0):
+        scalars = [np.float64(2), np.float64(share)]
+        attrs = {"reverse": share == 1} if name == "skewed_kl" else {}
+        if name == "skewed_kl":
+            scalars[1] = np.float64(1)  # reversed or not, all of the mixture is the side that is compared with it
+        (loss,), (gradient,), _ = execute(OPS[name], [student, teacher, *scalars], attrs)
+        assert loss == 0
+        assert not gradient.any()
+
+
+@on_each_backend
+def test_a_divergence_from_a_mixture_with_a_billionth_of_the_other_keeps_its_digits() -> None:
+    student, teacher = random_logits(40, 1, 10), random_logits(41, 1, 10)
+    p, q = (np.exp(z) / np.exp(z).sum() for z in (student, teacher))
+    share = 2.0**-30
+    loss = F.skewed_kl(student, teacher, alpha=1 - share, temperature=1.0)
+    x = share * (p - q) / q
+    assert loss == pytest.approx((q * (x**2 / 2 - x**3 / 3)).sum(), rel=1e-10, abs=0)

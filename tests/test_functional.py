@@ -376,6 +376,26 @@ def test_a_row_that_has_no_answer_is_nan_and_touches_no_other_row(dtype: Any, br
 
 
 @each_float
+@pytest.mark.parametrize("broken", BROKEN_ROWS, ids=str)
+def test_a_row_that_has_no_answer_is_nan_also_where_its_target_weighs_nothing(dtype: Any, broken: list[float]) -> None:
+    z, weight = np.array([broken, [0, 1, 2, 3]], dtype), np.array([0, 1, 1, 1], dtype)
+    nothing = np.zeros((2, 4), dtype)
+    for target, weights in ((np.array([0, 1]), weight), (nothing, None)):
+        loss, gradient = F.cross_entropy(z, target, weight=weights, reduction="none", return_grad=True)
+        assert np.isnan(loss).tolist() == [True, False]
+        assert np.isnan(gradient).all(axis=1).tolist() == np.isnan(gradient).any(axis=1).tolist() == [True, False]
+
+
+@each_float
+def test_a_mean_over_labels_that_weigh_nothing_is_0_with_a_gradient_of_0(dtype: Any) -> None:
+    z, weight = np.array([[0, 1, 3], [2, 1, 0]], dtype), np.array([0, 1, 2], dtype)
+    for smoothing in (0.0, 0.3):  # which lets the other classes weigh something
+        loss, gradient = F.cross_entropy(z, [0, 0], weight=weight, label_smoothing=smoothing, return_grad=True)
+        assert loss == 0
+        assert not gradient.any()
+
+
+@each_float
 def test_a_weight_of_zero_leaves_its_term_out_even_where_it_is_infinite(dtype: Any) -> None:
     student = np.array([[0, -np.inf, 1]], dtype)
     teacher = np.array([[0, 1, 2]], dtype)

@@ -294,6 +294,7 @@ def test_a_declaration_names_only_buffers_that_exist(name: str) -> None:
     op = OPS[name]
     names = {a.name for a in op.buffers}
     assert {*op.wrt, *op.vjp_reads, *op.may_alias} <= names
+    assert op.vjp is None or {a.name for a in op.saved} <= set(op.vjp_reads), "saved for nobody"
     assert (op.vjp is None) == (not op.wrt)
     assert not set(op.may_alias) & set(op.vjp_reads), "backward wants an input back that forward may overwrite"
 

@@ -181,6 +181,25 @@ def test_what_cannot_be_replayed_is_refused_with_its_line(name: str) -> None:
         np.testing.assert_array_equal(p.array, value)
 
 
+# What would be made anew in each call, unseen by the plan, with what is said of it.
+CONVERTED: dict[str, Use] = {
+    "relu: u converted from int32 to float32": lambda s, x, y: F.relu(s.ids),
+    "relu: u converted from float64 to float64, or made contiguous": lambda s, x, y: F.relu(s.table[::2]),
+    "cross_entropy: logits converted from int32 to float32": lambda s, x, y: F.cross_entropy(s.ids[None, :3], y[:1]),
+    "cross_entropy: target converted from int32 to int64": lambda s, x, y: F.cross_entropy(x, s.ids[:5]),
+    "linear: w converted from float64 to float32": lambda s, x, y: F.linear(x, s.table[:8].reshape(2, 4)),
+    "linear: w converted from int32 to float32": lambda s, x, y: F.linear(x, s.ids[:8].reshape(2, 4)),
+    "add: operand converted from int32 to float32": lambda s, x, y: kd.Tensor(x) + s.ids[:4],
+}
+
+
+@parametrized(CONVERTED)
+def test_a_conversion_in_a_step_is_refused_by_the_name_of_the_argument(name: str) -> None:
+    s = Setting()
+    with pytest.raises(PlanError, match=f"got {name}"):
+        kd.compile(lambda x, y: CONVERTED[name](s, x, y))(*s.batch(0))
+
+
 @parametrized(DIFFERS)
 def test_what_differs_from_call_to_call_is_refused_at_the_second(name: str) -> None:
     s = Setting()

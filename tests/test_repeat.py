@@ -40,7 +40,8 @@ def test_each_pair_of_values_comes_in_a_combination_or_in_the_ordinary_run(repea
 
 def test_each_backend_is_tried_with_the_oldest_and_the_newest_numpy(repeat: ModuleType) -> None:
     tried = {(b, c.numpy) for c in (repeat.ORDINARY, *repeat.COMBINATIONS.values()) for b in c.backends}
-    assert tried == set(itertools.product(BACKENDS, (repeat.OLDEST, repeat.NEWEST)))
+    everywhere = [name for name, backend in BACKENDS.items() if backend.on_host]
+    assert tried == set(itertools.product(everywhere, (repeat.OLDEST, repeat.NEWEST)))
 
 
 def test_the_oldest_releases_are_those_that_the_project_declares(repeat: ModuleType) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -86,6 +87,34 @@ def test_a_value_that_is_used_more_than_once_gets_the_sum_of_its_gradients(name:
     np.testing.assert_allclose(x.grad.numpy(), gradient(x.numpy().astype(np.float64)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", USES)
+def test_so_does_one_whose_gradient_has_a_place_in_an_arena(name: str) -> None:
+    build, gradient = USES[name]
+    x = leaf(0.5, 1.5, 2.5)
+    kd.optim.SGD([x], lr=0.1)
+    build(x).sum().backward()
+    np.testing.assert_allclose(x.grad.numpy(), gradient(x.numpy()), atol=1e-12)
+
+
+def test_a_first_gradient_is_written_straight_into_its_place_in_an_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = leaf(1, 2)
+    kd.optim.SGD([x], lr=0.1)
+    ran: list[str] = []
+    monkeypatch.setattr("minikd.tensor.run", lambda name, *buffers: ran.append(name))
+    (x * 3.0).sum().backward()
+    assert ran == []
+    assert x.grad.numpy().tolist() == [3, 3]
+
+
+def test_what_takes_a_gradient_decides_the_dtype_of_a_result() -> None:
+    x, constant = leaf(1, 2), kd.Tensor(np.array([3, 4], np.float32))
+    y = constant * x
+    assert y.dtype == np.float64
+    y.sum().backward()
+    assert x.grad.dtype == np.float64
+    assert x.grad.numpy().tolist() == [3, 4]
+
+
 def test_an_upstream_gradient_may_lie_in_columns() -> None:
     x = kd.Tensor(np.ones((2, 3)), requires_grad=True)
     upstream = np.asfortranarray(np.arange(6.0).reshape(2, 3))
@@ -128,9 +157,9 @@ def test_nothing_is_recorded_inside_no_grad_also_after_an_error() -> None:
     with kd.no_grad():
         inside = x * 2.0
         with kd.no_grad():
-            assert not tape.is_recording()
-        assert not tape.is_recording()
-    assert not inside.requires_grad
+            assert tape.is_recording() is False
+        assert tape.is_recording() is False
+    assert inside.requires_grad is False
     with pytest.raises(RuntimeError, match="on purpose"), kd.no_grad():
         raise RuntimeError("on purpose")
     assert (x * 2.0).requires_grad
@@ -140,6 +169,7 @@ def test_constants_leave_nothing_on_the_tape() -> None:
     before = recorded()
     y = kd.Tensor([1.0]) * kd.Tensor([2.0])
     assert not y.requires_grad
+    assert y.node is None
     assert recorded() == before
     with pytest.raises(TapeError, match="requires_grad=True"):
         y.backward()
@@ -151,6 +181,16 @@ def test_no_gradient_flows_through_a_detached_value() -> None:
     y.sum().backward()
     assert x.grad.numpy().tolist() == [3]
     assert not x.detach().requires_grad
+
+
+def test_a_loss_of_which_nobody_takes_a_gradient_makes_no_array_for_one(c_in_use: None) -> None:
+    logits, labels = kd.Tensor(np.zeros((1000, 100), np.float32)), np.zeros(1000, int)
+    F.cross_entropy(logits, labels)  # what is made once
+    tracemalloc.start()
+    F.cross_entropy(logits, labels)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 40_000  # the logits are ten times as large
 
 
 # --- backward once ---
@@ -293,6 +333,30 @@ def test_backward_gives_the_buffers_of_the_graph_back_while_the_loss_is_kept() -
     assert kept() is None
     assert loss.node.inputs == [] == loss.node.saved
     assert loss.node.parents is None
+
+
+def test_a_node_keeps_of_its_inputs_and_its_output_what_the_gradient_is_computed_from() -> None:
+    x = leaf(1, 2)
+    for y, kept_inputs, keeps_output in [(x + 1.0, 0, False), (x * x, 2, False), (x.exp(), 0, True)]:
+        assert sum(array is not None for array in y.node.inputs) == kept_inputs
+        assert (y.node.out is y.array) is keeps_output
+        assert (y.node.out is None) is not keeps_output
+
+
+def test_the_tape_is_swept_when_it_has_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "_tape", tape._Tape())
+    x = leaf(1, 2)
+    kept = [x * 1.0 for _ in range(tape.SWEEP_AT - 1)]
+
+    def on_the_tape_after(steps: int) -> int:
+        for _ in range(steps):
+            x.exp()
+        return len(tape._tape.nodes)
+
+    assert on_the_tape_after(1) == len(kept) + 1 == tape.SWEEP_AT
+    assert on_the_tape_after(1) == len(kept) + 1  # the one before is gone
+    assert on_the_tape_after(len(kept) - 1) == 2 * len(kept)
+    assert on_the_tape_after(1) == len(kept) + 1
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -127,7 +127,7 @@ class Op:
         parsed["variadic"] = any(a.variadic for a in every)
         parsed["letters"] = tuple(dict.fromkeys(letters))
         parsed["wrt_places"] = tuple(k for k, a in enumerate(parsed["inputs"]) if a.name in self.wrt)
-        for role in ("inputs", "outs", "saved"):
+        for role in ("inputs", "outs"):
             parsed["reads_" + role] = tuple(a.name in self.vjp_reads for a in parsed[role])
         for name, value in parsed.items():
             object.__setattr__(self, name, value)
@@ -145,7 +145,6 @@ class Op:
     wrt_places: tuple[int, ...] = field(init=False)  # where the inputs of `wrt` stand among the declared inputs
     reads_inputs: tuple[bool, ...] = field(init=False)  # which of the declared inputs vjp looks at
     reads_outs: tuple[bool, ...] = field(init=False)
-    reads_saved: tuple[bool, ...] = field(init=False)
 
     def differentiated(self, count: int) -> Sequence[int]:
         """The places of the inputs that take a gradient, where `count` inputs are given."""
