@@ -472,6 +472,7 @@ INLINE real squared(real x, enum hard_weights times)
 /* What all rows of one distillation loss have in common. */
 typedef struct {
     int64_t c;
+    int soft;                                /* whether the soft loss is asked for; T² alone may make its scale 0 */
     double hard_scale, soft_scale;           /* the weights, with the reduction's factor; T² in the soft one */
     double soft_factor;                      /* of p - q in the gradient */
     double inverse_s, inverse_t;             /* 1/T of the student, and of the teacher: 1 for log-probabilities */
@@ -820,7 +821,7 @@ static void distillation_rows(const distillation *d, const row_memory *memory, d
                               const real *z_t, const int64_t *y, int64_t count)
 {
     const int64_t c = d->c;
-    if (d->soft_scale == 0)
+    if (!d->soft)
         cross_entropy_rows(&d->label, loss, dz, z_s, y, c, count, d->hard_scale);
     else if (c <= NARROW)
         distillation_tile(d, loss, dz, z_s, z_t, y, count);
@@ -892,6 +893,7 @@ static int64_t distillation_loss(const minikd_call *call)
     distillation_job job;
     distillation *d = &job.d;
     d->c = c;
+    d->soft = per_soft != 0;
     d->hard_scale = hard * row_scale((double)labelled, a->reduction);
     d->soft_scale = per_soft * (a->scale_t2 ? t * t : 1);
     d->inverse_s = inverse_temperature(t);

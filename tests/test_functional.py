@@ -216,6 +216,15 @@ def test_the_distillation_loss_is_never_nan_at_extreme_temperatures(dtype: Any, 
     assert np.isfinite(gradient).all()
 
 
+@each_float
+@pytest.mark.parametrize("classes", [3, 60])
+def test_a_temperature_whose_square_is_0_hides_no_broken_teacher(dtype: Any, classes: int, backend: str) -> None:
+    z_s, z_t = np.zeros((3, classes), dtype), np.zeros((3, classes), dtype)
+    z_t[1, 2] = np.nan
+    loss = F.distillation_loss(z_s, z_t, [0, 1, 2], temperature=1e-300, reduction="none")
+    assert np.isnan(loss).tolist() == [False, True, False]
+
+
 # --- edge cases ---
 
 
