@@ -4,6 +4,7 @@ python bench/fashion.py                             everything; ten epochs, thre
 python bench/fashion.py --rows 5000 --epochs 1 --rounds 1
 python bench/fashion.py --teacher teacher.npz       weights and biases in turn; else one is trained once and kept
 python bench/fashion.py --update-readme             write the table of the last run into the README
+python bench/fashion.py --backend cupy              on a GPU, those who can use one; results in fashion_gpu.json
 
 What is compared stands in the folder `distillers`, a short module for each.
 """
@@ -31,6 +32,7 @@ from minikd.bench.measure import order
 from minikd.bench.report import machine_text, markdown_table
 from minikd.bench.suite import add_readme_option, script, update_readmes
 from minikd.bench.worker import CONDITIONS, Condition, pinned
+from minikd.kernels.arrays import gpu_in_words
 from minikd.report.table import Table, show
 from minikd.safetensors import write_whole
 from minikd.training import fit
@@ -41,28 +43,32 @@ TEACHER_EPOCHS, TEACHER_LR = 3, 1e-3
 
 
 class Distiller(NamedTuple):
-    """Who takes part: the module in `distillers`, and the package that it needs besides NumPy."""
+    """Who takes part: the module in `distillers`, the package that it needs besides NumPy, whether a GPU is of use."""
 
     label: str
     module: str
     requires: str = "numpy"
+    on_gpu: bool = True
 
 
 DISTILLERS = {
     "minikd": Distiller("minikd, kd.distill", "minikd_distill"),
     "minikd-fit": Distiller("minikd, the training alone", "minikd_fit"),
-    "torch": Distiller("PyTorch, as its tutorial", "pytorch_documented", "torch"),
+    "torch": Distiller("PyTorch, as its tutorial", "pytorch_documented", "torch", on_gpu=False),
     "torch-stored": Distiller("PyTorch, logits stored", "pytorch_stored", "torch"),
-    "jax": Distiller("JAX, jitted step", "jax_teacher", "jax"),
+    "jax": Distiller("JAX, jitted step", "jax_teacher", "jax", on_gpu=False),
     "jax-stored": Distiller("JAX, logits stored, lax.scan", "jax_stored", "jax"),
 }
 OURS = "minikd"
+# What puts all of them on the GPU, or makes them fail where they see none.
+ON_GPU = {"MINIKD_BACKEND": "cupy", "DISTILLERS_DEVICE": "cuda", "JAX_PLATFORMS": "cuda"}
 # One thread on one processor, which other programs disturb less; or each library's own number of threads.
 THREADS = {"1": CONDITIONS["one"], "all": CONDITIONS["alone"]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=list(DISTILLERS), metavar="NAME", help=", ".join(DISTILLERS))
+    parser.add_argument("--backend", choices=["cpu", "cupy"], default="cpu", help="cupy: on a GPU (default: cpu)")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rows", type=int, help="take only so many training rows (default: all 55,000)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each; the medians count")
@@ -75,11 +81,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and report, or bring a README up to date; returns the exit code."""
-    path = Path(options.out)
+    path, marker, on_gpu = Path(options.out), "fashion", options.backend == "cupy"
+    if on_gpu:
+        path, marker = path.with_name(path.name.replace("fashion.json", "fashion_gpu.json")), "fashion_gpu"
     if options.update_readme is not None:
-        update_readmes("bench/fashion.py", "fashion", path, options.update_readme, markdown)
+        update_readmes("bench/fashion.py", marker, path, options.update_readme, markdown)
         return 0
+    if on_gpu and (reason := kd.backends()["cupy"].reason):
+        print(f"bench/fashion.py: --backend cupy cannot run here: {reason}", file=sys.stderr)
+        return 2
     able = {key: who for key, who in DISTILLERS.items() if importlib.util.find_spec(who.requires)}
+    able = {key: who for key, who in able.items() if who.on_gpu or not on_gpu}
     chosen = [key for key in options.only or DISTILLERS if key in able]
     runs: dict[str, list[dict[str, Any]]] = {key: [] for key in chosen}
     with tempfile.TemporaryDirectory(prefix="minikd-fashion-") as folder:
@@ -88,15 +100,24 @@ def run(options: argparse.Namespace) -> int:
         task.save(file)
         for number in range(options.rounds):
             for key in order(chosen, number):
-                runs[key].append(measure(DISTILLERS[key].module, file, THREADS[options.threads]))
+                more = ON_GPU if on_gpu else {}
+                try:
+                    runs[key].append(measure(DISTILLERS[key].module, file, THREADS[options.threads], more))
+                except subprocess.CalledProcessError:  # a peer without a GPU has said so itself
+                    if not on_gpu or key.startswith(OURS):
+                        raise
+                    print(f"{DISTILLERS[key].label} is left out.", file=sys.stderr)
+                    continue
                 print(f"{DISTILLERS[key].label}: {runs[key][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
     report = {
         "machine": describe(("numpy", "torch", "jax", "jaxlib")),
         "missing": [key for key in DISTILLERS if key not in able],
         "settings": {"rows": len(task.x), **{n: getattr(options, n) for n in ("epochs", "rounds", "threads")}},
         "array_bytes": sum(a.nbytes for a in task.arrays.values()),
-        "runs": runs,
+        "runs": {key: found for key, found in runs.items() if found},
     }
+    if on_gpu:
+        report["gpu"] = gpu_in_words()
     columns, rows = summary(report)
     show(Table(tuple(columns), "<" + ">" * (len(columns) - 1), [tuple(row) for row in rows]), sys.stdout)
     write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
@@ -136,9 +157,9 @@ def trained_teacher(data: Any) -> list[np.ndarray]:
 # --- what is measured ---
 
 
-def measure(module: str, file: Path, condition: Condition) -> dict[str, Any]:
-    """Run one distiller in a process of its own."""
-    environment = condition.environment()
+def measure(module: str, file: Path, condition: Condition, more: Mapping[str, str]) -> dict[str, Any]:
+    """Run one distiller in a process of its own, with these variables in its environment."""
+    environment = condition.environment() | dict(more)
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment["PYTHONPATH"]])
     command = [sys.executable, "-m", "distillers.run", module, str(file)]
     with pinned(condition.processors()):
@@ -175,7 +196,8 @@ def markdown(report: Mapping[str, Any], names: Sequence[str] = ()) -> str:
         f"{rounds}, {threads}. {arrays}"
     )
     table = markdown_table(*summary(report))
-    return "\n\n".join([machine_text({**report, "cases": [], "missing": {}}), how, table])
+    gpu = f"GPU: {report['gpu']}." if "gpu" in report else ""
+    return "\n\n".join([machine_text({**report, "cases": [], "missing": {}}, memory=gpu), how, table])
 
 
 if __name__ == "__main__":

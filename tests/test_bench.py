@@ -140,7 +140,7 @@ def test_tiny_calls_are_repeated_within_a_sample_and_slow_ones_are_not(monkeypat
 
 
 def test_rounds_stop_in_time_but_never_before_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minikd.bench.measure.calibrate", lambda call: Turn(calls=1, samples=3, warm=True))
+    monkeypatch.setattr("minikd.bench.measure.calibrate", lambda call, clock: Turn(calls=1, samples=3, warm=True))
     timings = interleave({"a": lambda: None}, Effort(1000, 0.0))
     assert len(timings["a"].samples) == LEAST_ROUNDS * 3
 

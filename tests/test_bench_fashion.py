@@ -6,13 +6,18 @@ import argparse
 import importlib
 import json
 import math
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import cuda_on_cpu
 import numpy as np
 import pytest
+from standin import cupy as standin
 
 import minikd as kd
+from minikd.kernels import current_backend
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -56,6 +61,56 @@ def test_both_of_ours_train_the_same_student(fashion: Any, teacher: Path) -> Non
         for key in ("minikd", "minikd-fit")
     )
     assert np.array_equal(whole(task.arrays["x_test"]), alone(task.arrays["x_test"]))
+
+
+def test_on_a_gpu_ours_learn_what_they_learn_on_the_host(fashion: Any, teacher: Path) -> None:
+    if cuda_on_cpu.compiler() is None:
+        pytest.skip("needs g++, which makes kernels run on the processor")
+    asked = options(fashion, "--data", "digits", "--teacher", str(teacher), "--rows", "256", "--epochs", "1")
+    task = fashion.make_task(asked)
+    distil = importlib.import_module("distillers.minikd_fit").distil
+    before, rows = current_backend(), task.arrays["x_test"]
+    wanted = distil(task)(rows)
+    with standin.installed():
+        kd.use_backend("cupy")
+        try:
+            found = distil(task)(rows)
+        finally:
+            kd.use_backend(before)
+    assert np.mean(found == wanted) > 0.99
+
+
+def test_without_a_gpu_a_run_on_one_says_why(
+    fashion: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kd, "backends", lambda: {"cupy": SimpleNamespace(reason="there is no GPU")}, raising=False)
+    assert fashion.run(options(fashion, "--backend", "cupy", "--out", "fashion.json")) == 2
+    assert "there is no GPU" in capsys.readouterr().err
+
+
+def test_a_peer_that_sees_no_gpu_is_left_out(
+    fashion: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"seconds": 1.0, "import_seconds": 0.5, "peak_bytes": 10, "test_accuracy": 0.9}
+    environments = []
+
+    def measure(module: str, file: Path, condition: Any, more: dict[str, str]) -> dict[str, float]:
+        environments.append(more)
+        if module == "jax_stored":
+            raise subprocess.CalledProcessError(1, "jax")
+        return figures
+
+    monkeypatch.setattr(fashion, "measure", measure)
+    monkeypatch.setattr(fashion, "gpu_in_words", lambda: "a card")
+    monkeypatch.setattr(kd, "backends", lambda: {"cupy": SimpleNamespace(reason="")}, raising=False)
+    monkeypatch.setattr(fashion.importlib.util, "find_spec", lambda name: name)
+    out, asked = tmp_path / "fashion.json", ["--data", "digits", "--teacher", str(teacher), "--rows", "100"]
+    assert fashion.run(options(fashion, *asked, "--rounds", "1", "--backend", "cupy", "--out", str(out))) == 0
+    report = json.loads((tmp_path / "fashion_gpu.json").read_text())
+    assert list(report["runs"]) == ["minikd", "minikd-fit", "torch-stored"]
+    assert "GPU: a card." in fashion.markdown(report)
+    assert "JAX, logits stored, lax.scan is left out." in capsys.readouterr().err
+    assert all(more["MINIKD_BACKEND"] == "cupy" for more in environments)
 
 
 def test_every_distiller_is_a_module_that_stands_there(fashion: Any) -> None:

@@ -10,19 +10,20 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import cuda_on_cpu
+import kernel_cases
 import numpy as np
 import pytest
 from cuda_on_cpu import RawModule
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_cases import Case, cases, reference, widen
 
 from minikd.errors import ArgumentError
-from minikd.kernels import kernel_names, native, prepare
+from minikd.kernels import kernel_names, native
+from minikd.kernels.arrays import HOST_KINDS
 from minikd.kernels.cuda import launches
 from minikd.kernels.cuda.table import KERNELS, VARIANTS
-from minikd.kernels.reference import bind_reference
 from minikd.ops import OPS
-from minikd.ops.op import KINDS
 from minikd.ops.refusals import Refusals
 
 FLOATS = ("float32", "float64")
@@ -90,15 +91,11 @@ def modules(name: str, double: bool, cupy: Any) -> Any:
 # --- running a kernel and its reference ---
 
 
-def is_host(kind: str) -> bool:
-    return kind in ("scalar", "counter")
-
-
 def bound(name: str, *buffers: Any, **attrs: Any) -> Any:
     """A call of a kernel on copies of these buffers, and the copies."""
     op = OPS[name.removesuffix("_vjp")]
     arguments = op.buffers if name == op.name else op.vjp_buffers
-    given = [b if b is None or is_host(a.kind) else on_device(b) for a, b in zip(arguments, buffers, strict=True)]
+    given = [b if b is None or a.kind in HOST_KINDS else on_device(b) for a, b in zip(arguments, buffers, strict=True)]
     full = {**op.attrs, **attrs}
     return launches.launcher(name)(given, full).bind(*given), given
 
@@ -110,76 +107,9 @@ def run(name: str, *buffers: Any, **attrs: Any) -> list[Any]:
     return [np.array(b) if b is not None else None for b in given]
 
 
-def reference(name: str, *buffers: Any, **attrs: Any) -> None:
-    with np.errstate(all="ignore"):
-        bind_reference(name)(*buffers, **{**OPS[name.removesuffix("_vjp")].attrs, **attrs})()
-
-
-def widen(x: Any) -> Any:
-    return x.astype(np.float64) if x is not None and x.dtype.kind == "f" else x
-
-
-def assert_agrees(actual: Any, wanted: Any, few: float = 64) -> None:
-    if actual.dtype.kind == "i":
-        np.testing.assert_array_equal(actual, wanted)
-        return
-    np.testing.assert_array_equal(np.isnan(actual), np.isnan(wanted))
-    np.testing.assert_array_equal(np.isfinite(actual), np.isfinite(wanted))
-    finite = wanted[np.isfinite(wanted)]
-    tolerance = few * float(np.finfo(actual.dtype).eps)
-    np.testing.assert_allclose(
-        actual, wanted, rtol=tolerance, atol=tolerance * max(1.0, np.abs(finite).max(initial=0.0))
-    )
-
-
-class Case(NamedTuple):
-    """A forward call's written buffers and inputs."""
-
-    written: list[Any]
-    inputs: list[Any]
-    attrs: dict[str, Any]
-
-
-def cases(name: str, dtype: str, seed: int = 1) -> Iterator[Case]:
-    """The operation's examples, with buffers to be written."""
-    op, rng = OPS[name], np.random.default_rng(seed)
-    for raw, attrs in op.example(rng, np.dtype(dtype).type):
-        full = {**op.attrs, **attrs}
-        inputs, _ = prepare(op, raw, np.dtype(dtype))
-        shapes, saved = op.infer([None if x is None else np.shape(x) for x in inputs], full)
-        kinds = [KINDS[a.kind] or np.dtype(dtype) for a in op.outs]
-        outs = [np.full(s, np.nan if k.kind == "f" else -7, k) for s, k in zip(shapes, kinds, strict=True)]
-        updates = [np.abs(rng.normal(size=np.shape(inputs[0]) if inputs else 67)).astype(dtype) for _ in op.updates]
-        written = [*outs, *updates, *(np.full(s, np.nan, dtype) for s in saved)]
-        yield Case(written, [np.asarray(x) if x is not None else None for x in inputs], full)
-
-
 def check(name: str, case: Case, dtype: str, few: float = 64) -> None:
-    """A kernel and its vjp against the reference in float64."""
-    op, rng = OPS[name], np.random.default_rng(2)
-    wide = [widen(x.copy()) for x in case.written]
-    reference(name, *wide, *(widen(x) for x in case.inputs), **case.attrs)
-    found = run(name, *case.written, *case.inputs, **case.attrs)
-    written = found[: len(case.written)]
-    for actual, wanted in zip(written, wide, strict=True):
-        assert_agrees(actual, wanted, few)
-    for before, after in zip(case.inputs, found[len(case.written) :], strict=True):
-        np.testing.assert_array_equal(before, after)
-    if op.vjp and name + "_vjp" in KERNELS:
-        given = [x for a, x in zip(op.inputs, case.inputs, strict=True) if a.name in op.wrt]
-        dins = [None if x is None else np.full_like(x, np.nan) for x in given]
-        douts = [np.asarray(rng.normal(size=x.shape), dtype) for x in written[: len(op.outs)]]
-        behind = [*douts, *written, *case.inputs]
-        unread = [
-            x if a.role == "dout" or a.name in op.vjp_reads else None
-            for a, x in zip(op.vjp_buffers[len(dins) :], behind, strict=True)
-        ]
-        wide_dins = [widen(x) for x in dins]
-        reference(name + "_vjp", *wide_dins, *(widen(x) for x in behind), **case.attrs)
-        found = run(name + "_vjp", *dins, *unread, **case.attrs)
-        for actual, wanted in zip(found, wide_dins, strict=False):
-            if wanted is not None:
-                assert_agrees(actual, wanted, few)
+    """A kernel and, where there is one, that of its vjp against the reference in float64."""
+    kernel_cases.check(run, name, case, dtype, few, backward=name + "_vjp" in KERNELS)
 
 
 FORWARD = sorted(n for n in KERNELS if not n.endswith("_vjp"))
@@ -315,8 +245,8 @@ def test_no_result_depends_on_where_the_arrays_lie(name: str, dtype: str) -> Non
     for shift in range(4):
         given = []
         for argument, x in zip(op.buffers, [*case.written, *case.inputs], strict=True):
-            if x is None or is_host(argument.kind) or argument.kind == "index":
-                given.append(x if x is None or is_host(argument.kind) else on_device(x))
+            if x is None or argument.kind in HOST_KINDS or argument.kind == "index":
+                given.append(x if x is None or argument.kind in HOST_KINDS else on_device(x))
                 continue
             room = np.zeros(x.size + 8, x.dtype)
             room[shift : shift + x.size] = x.ravel()

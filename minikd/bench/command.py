@@ -8,6 +8,8 @@ from typing import Any
 
 from minikd.bench.cases import KERNELS, QUICK, shape_text
 from minikd.bench.contenders import CONTENDERS, PEERS
+from minikd.bench.gpu import cases as gpu
+from minikd.bench.gpu.contenders import CONTENDERS as GPU_CONTENDERS
 from minikd.bench.machine import LARGEST, LARGEST_QUICK
 from minikd.bench.measure import LEAST_ROUNDS, Effort
 from minikd.bench.report import markdown, ratios, tables
@@ -16,6 +18,7 @@ from minikd.bench.worker import CONDITIONS, Task
 from minikd.errors import ArgumentError
 from minikd.ops import Shape
 
+OUT, GPU_OUT = "kernels.json", "gpu.json"
 FULL, SHORT = Effort(40, 8.0), Effort(LEAST_ROUNDS + 6, 0.5)
 SHAPES = {shape_text(shape): shape for kernel in KERNELS.values() for shape in kernel.shapes}
 
@@ -23,15 +26,26 @@ SHAPES = {shape_text(shape): shape for kernel in KERNELS.values() for shape in k
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `minikd bench` and of bench/kernels.py."""
     what = parser.add_argument_group("what is measured (default: everything)")
+    what.add_argument(
+        "--backend", choices=["cpu", "cupy"], default="cpu", help="cupy: on the GPU, whole steps too (default: cpu)"
+    )
     what.add_argument("--quick", action="store_true", help="a few kernels and shapes, one thread, under a minute")
-    what.add_argument("--kernel", nargs="+", choices=list(KERNELS), metavar="NAME", help=", ".join(KERNELS))
-    what.add_argument("--shape", nargs="+", choices=list(SHAPES), metavar="SHAPE", help=", ".join(SHAPES))
+    names, shapes = list({**KERNELS, **dict.fromkeys(gpu.NAMES)}), list({**SHAPES, **gpu.SHAPES})
+    what.add_argument("--kernel", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    what.add_argument("--shape", nargs="+", choices=shapes, metavar="SHAPE", help=", ".join(shapes))
     what.add_argument("--tuned-malloc", action="store_true", help="also with a malloc that keeps freed memory (glibc)")
-    SUITE.add_arguments(parser, "kernels.json", "; <!-- bench softmax --> takes in that kernel alone")
+    more = "; <!-- bench softmax --> takes in that kernel alone"
+    SUITE.add_arguments(parser, OUT, more, also=GPU_CONTENDERS)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure and report, or bring a README up to date; returns the exit code."""
+    if options.backend == "cupy":
+        from minikd.bench.gpu.command import run as run_on_gpu
+
+        if options.out == OUT:
+            options.out = GPU_OUT
+        return run_on_gpu(options)
     return SUITE.run(options)
 
 
@@ -42,7 +56,12 @@ def tasks(options: argparse.Namespace, missing: Mapping[str, str], folder: str) 
     ------
     ArgumentError : none of the kernels has one of the shapes.
     """
-    chosen = {name: _shapes(name, options) for name in options.kernel or (QUICK if options.quick else KERNELS)}
+    names = options.kernel or (QUICK if options.quick else KERNELS)
+    chosen = {name: _shapes(name, options) for name in names if name in KERNELS}
+    if not chosen:
+        expected = "one of " + ", ".join(KERNELS)
+        got, fix = " ".join(options.kernel), "Add --backend cupy, which measures whole steps too."
+        raise ArgumentError("minikd bench", "--kernel", expected=expected, got=got, fix=fix)
     if not any(chosen.values()):
         asked = " ".join(options.shape)
         kinds = {name: ", ".join(map(shape_text, KERNELS[name].shapes)) for name in chosen}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Call = Callable[[], Any]
+Clock = Callable[[Call, int], float]  # nanoseconds for one of so many calls in a row
 
 SAMPLE_NS = 200_000  # a sample takes at least this long: tiny calls are repeated within one
 BATCH_NS = 2_000_000  # a contender's turn takes about this long …
@@ -61,23 +62,27 @@ def sample(call: Call, calls: int) -> float:
     return (time.perf_counter_ns() - began) / calls
 
 
-def calibrate(call: Call) -> Turn:
+def calibrate(call: Call, clock: Clock = sample) -> Turn:
     """How often to call, so that a sample lasts SAMPLE_NS and a turn about BATCH_NS."""
-    calls, once = 1, sample(call, 1)
+    calls, once = 1, clock(call, 1)
     while once * calls < SAMPLE_NS:
         calls = max(2 * calls, min(int(SAMPLE_NS / max(once, 1.0)), 10 * calls))
-        once = sample(call, calls)
+        once = clock(call, calls)
     samples = int(BATCH_NS / (once * calls))
     return Turn(calls, min(max(samples, 1), MOST_IN_BATCH), once < WARM_UP_NS)
 
 
-def interleave(calls: Mapping[str, Call], effort: Effort, rest: bool = False) -> dict[str, Timing]:
+def interleave(
+    calls: Mapping[str, Call], effort: Effort, rest: bool = False, clocks: Mapping[str, Clock] | None = None
+) -> dict[str, Timing]:
     """Time all contenders in rounds, so that whatever slows the machine down slows all of them.
 
     Each round starts with another contender, and every second one runs backwards, so that nobody always follows the
     same one. `rest` waits before each turn for the thread pool of the contender before to go to sleep.
+    `clocks` are those of contenders whose work is not done when their call comes back.
     """
-    turns = {name: calibrate(call) for name, call in calls.items()}
+    clock_of = {name: (clocks or {}).get(name, sample) for name in calls}
+    turns = {name: calibrate(call, clock_of[name]) for name, call in calls.items()}
     timings = {name: Timing([], turn.calls) for name, turn in turns.items()}
     names, began = list(calls), time.monotonic()
     gc.collect()
@@ -92,7 +97,7 @@ def interleave(calls: Mapping[str, Call], effort: Effort, rest: bool = False) ->
                 if turns[name].warm:
                     calls[name]()
                 for _ in range(turns[name].samples):
-                    timings[name].samples.append(sample(calls[name], turns[name].calls))
+                    timings[name].samples.append(clock_of[name](calls[name], turns[name].calls))
     finally:
         gc.enable()
     return timings

@@ -60,9 +60,15 @@ class Suite:
     picture: Callable[[Mapping[str, Any]], bytes | None] = lambda report: None
     packages: tuple[str, ...] = PACKAGES
 
-    def add_arguments(self, parser: argparse.ArgumentParser, out: str, more: str = "") -> None:
-        """The options that every benchmark has; `more` says what a marker may name besides."""
-        peers = [key for key, contender in self.contenders.items() if not contender.ours]
+    def add_arguments(
+        self, parser: argparse.ArgumentParser, out: str, more: str = "", also: Mapping[str, Contender] | None = None
+    ) -> None:
+        """The options that every benchmark has.
+
+        `more` says what a marker may name besides, `also` who takes part if another option says so.
+        """
+        every = {**self.contenders, **(also or {})}
+        peers = [key for key, contender in every.items() if not contender.ours]
         what = parser.add_argument_group("with whom and how")
         listed = ", ".join(peers)
         what.add_argument("--peers", nargs="+", choices=[*peers, "none"], metavar="NAME", help=f"{listed}, or none")

@@ -80,6 +80,7 @@ CONDITIONS = {
     "all": Condition("all threads, interleaved", 0),
     "alone": Condition("alone, unpinned", 0, alone=True),
     "tuned": Condition("one thread, interleaved, tuned malloc", 1, tuned=True),
+    "gpu": Condition("on the GPU, interleaved", 0),
 }
 
 

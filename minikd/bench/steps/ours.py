@@ -26,7 +26,7 @@ def make(form: str, step: Step, inputs: dict[str, Any]) -> Bound:
     """`form` is "eager", "plan" or "epoch"."""
     if not step.optimizer:
         return one_by_one(step, step.batches(inputs), _prediction(form, step, inputs))
-    train = _training(step, inputs)
+    train = training(step, inputs)
     if form == "eager":
         return one_by_one(step, step.batches(inputs), lambda *batch: train(*batch).item())
     compiled: Any = kd.compile(train)
@@ -43,7 +43,8 @@ def _model(sizes: tuple[int, ...], network: Network) -> kd.nn.MLP:
     return model
 
 
-def _training(step: Step, inputs: dict[str, Any]) -> Callable[..., Any]:
+def training(step: Step, inputs: dict[str, Any]) -> Callable[..., Any]:
+    """The step as a function of a batch, eager, with a model and an optimizer of its own."""
     model = _model(step.sizes, inputs["network"])
     opt = (
         kd.optim.Adam(model.parameters(), LR["adam"])
