@@ -26,6 +26,7 @@ from minikd.kernels import (
     run,
 )
 from minikd.ops import OPS
+from minikd.ops.losses import one_hot
 
 TUNED = ("MINIKD_CPU", "MINIKD_NUM_THREADS", "MINIKD_PRODUCTS")
 
@@ -59,6 +60,19 @@ def test_what_is_said_of_a_backend_is_whether_it_runs_why_not_and_what_it_takes_
     if backend != "numpy":
         own = {*__import__(BACKENDS[backend].module, fromlist=["NAMES"]).NAMES, *composed.KERNELS}
         assert found[backend].fallbacks == tuple(name for name in kernel_names() if name not in own)
+
+
+@pytest.mark.parametrize("products", [{}, {"multiplier": None}])
+def test_a_backend_that_multiplies_by_itself_takes_no_product_from_numpy(
+    products: dict[str, None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simple = SimpleNamespace(NAMES={"relu"}, unavailable=lambda: "", **products)
+    monkeypatch.setitem(sys.modules, "minikd.kernels.simple", simple)
+    monkeypatch.setitem(BACKENDS, "simple", kernels.Backend("minikd.kernels.simple", "", ""))
+    fallbacks = kd.backends()["simple"].fallbacks
+    assert "neg" in fallbacks
+    assert not {"relu", *composed.KERNELS} & {*fallbacks}
+    assert {*composed.PRODUCTS} & {*fallbacks} == (set() if products else {*composed.PRODUCTS})
 
 
 def test_a_backend_whose_package_is_missing_says_how_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +224,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[MinikdError], str]] = {
         DTypeError,
         "f: a must be an array of integers, got float32. Class ids are whole numbers; convert them with .astype(int).",
     ),
+    "fractions as a counter": (
+        lambda: prepare(OPS["dropout"], [X, np.array(0.5)]),
+        DTypeError,
+        "dropout: step must be an array of integers, got float64. "
+        "Class ids are whole numbers; convert them with .astype(int).",
+    ),
     "numbers as bytes": (
         lambda: as_bytes("f", "a", [1, 2]),
         DTypeError,
@@ -296,6 +316,13 @@ def test_a_number_that_int64_does_not_hold_stays_too_large() -> None:
     assert as_index("f", "a", np.array([-3, 4], np.int8)).tolist() == [-3, 4]
 
 
+@pytest.mark.parametrize("ignored", [-100, 1])
+def test_a_row_without_a_label_has_no_class_to_aim_at(ignored: int) -> None:
+    target = np.array([2, ignored])
+    found = one_hot(np, target, target != ignored, 4, 0.25)
+    assert found.tolist() == [[0.0625, 0.0625, 0.8125, 0.0625], [0, 0, 0, 0]]
+
+
 def test_an_operation_saves_for_backward_unless_it_is_told_not_to() -> None:
     inputs = [X, np.array([0, 1]), None]
     assert kernels.execute(OPS["cross_entropy"], inputs, {})[1][0].shape == X.shape
@@ -357,6 +384,12 @@ def test_neighbours_become_one_call_where_the_backend_can_run_them_as_one(backen
 def test_class_ids_of_the_right_kind_are_taken_as_they_are() -> None:
     ids = np.array([0, 2**60 + 1])
     assert as_index("f", "a", ids) is ids
+
+
+def test_a_class_id_without_axes_gets_none() -> None:
+    (_, rows), _ = prepare(OPS["take"], [X, np.array(1, np.int32)])
+    assert rows.shape == ()
+    assert rows.dtype == np.int64
 
 
 def test_an_input_that_holds_no_numbers_is_refused_by_its_name_in_the_operation() -> None:

@@ -32,7 +32,18 @@ from minikd.cli import main
 from minikd.data import load
 from minikd.errors import ArgumentError, BackendError, DTypeError, ShapeError
 from minikd.export.finetune import finetune
-from minikd.kernels import Backend, arrays, bind, composed, cuda, current_backend, execute, input_arguments, run
+from minikd.kernels import (
+    Backend,
+    arrays,
+    bind,
+    composed,
+    cuda,
+    current_backend,
+    execute,
+    input_arguments,
+    prepare,
+    run,
+)
 from minikd.kernels.arrays import HOST_KINDS, address, here, is_writable, on_device, to_device, to_host
 from minikd.objectives import IGNORED, NAMES, Batch, HardLabels, ReverseKL
 from minikd.ops import OPS, Op
@@ -381,13 +392,31 @@ NUMBERS = np.ones((2, 3), np.float32)
 ELSEWHERE: dict[str, tuple[Any, str]] = {
     "a real array": (lambda x: F.softmax(NUMBERS), "softmax: x must be a CuPy array under the backend cupy"),
     "labels": (lambda x: F.cross_entropy(x, np.array([0, 1])), "cross_entropy: target must be a CuPy array"),
-    "row numbers": (lambda x: F.take(x, np.array([0])), "take: rows must be a CuPy array"),
+    "row numbers": (
+        lambda x: F.take(x, np.array([0])),
+        "take: rows must be a CuPy array under the backend cupy, got a NumPy",
+    ),
     "an operand": (lambda x: kd.Tensor(x) + NUMBERS, "add: operand must be a CuPy array"),
     "a factor of a product": (lambda x: kd.Tensor(x) @ NUMBERS.T, "matmul: operand must be a CuPy array"),
     "a number on the device": (lambda x: F.softmax(x, temperature=x.sum()), "softmax: temperature must be a Python"),
     "a step on the device": (lambda x: F.dropout(x, step=x.sum()), "dropout: step must be a Python number"),
     "a learning rate": (lambda x: setattr(kd.optim.SGD([kd.Tensor(x)], 1.0), "lr", x.sum()), "SGD: lr must be a Py"),
-    "a buffer": (lambda x: bind("relu", NUMBERS.copy(), x), "relu: y must be a CuPy array"),
+    "a buffer": (
+        lambda x: bind("relu", NUMBERS.copy(), x),
+        "relu: y must be a CuPy array under the backend cupy, got a NumPy array",
+    ),
+    "a number as a buffer": (
+        lambda x: bind("scale", x.copy(), x, x.astype(np.float64).sum()),
+        "scale: factor must be a Python number, or a NumPy array without axes",
+    ),
+    "a number of the right dtype": (
+        lambda x: prepare(OPS["scale"], [x, x.astype(np.float64).sum()]),
+        "scale: factor must be a Python number, or a NumPy array without axes",
+    ),
+    "a counter": (
+        lambda x: prepare(OPS["dropout"], [x, x.astype(np.int64).sum()]),
+        "dropout: step must be a Python number, or a NumPy array without axes",
+    ),
     "a tensor read by NumPy": (lambda x: np.asarray(kd.Tensor(x)), r"numpy: an array must be in the host's memory"),
     "an array of the device on the host": (
         lambda x: (kd.use_backend("numpy"), F.softmax(x)),
@@ -404,6 +433,37 @@ def test_what_lies_elsewhere_is_refused_with_the_way_to_move_it(name: str, cupy:
     with pytest.raises(BackendError, match=message):
         call(x)
     assert (COPIES.to_host, COPIES.to_device) == (0, 0)
+
+
+def test_lists_of_numbers_are_taken_there_and_class_ids_among_them(cupy: Any) -> None:
+    x = to_device(NUMBERS)
+    (_, rows), _ = prepare(OPS["take"], [x, [1, 0, 1]])
+    assert on_device(rows)
+    assert rows.dtype == np.int64
+    assert to_host(rows).tolist() == [1, 0, 1]
+
+
+def test_class_ids_that_lie_apart_on_the_device_are_put_together_there(cupy: Any) -> None:
+    ids = to_device(np.arange(6))
+    (_, rows), _ = prepare(OPS["take"], [to_device(NUMBERS), ids[::2]])
+    assert rows.flags.c_contiguous
+    assert to_host(rows).tolist() == [0, 2, 4]
+    assert prepare(OPS["take"], [to_device(NUMBERS), ids])[0][1] is ids
+
+
+def test_an_upstream_gradient_is_taken_from_a_tensor_there_and_copied_there_from_the_host(cupy: Any) -> None:
+    for gradient, copied in ((kd.Tensor([3.0, 4.0]), 0), (np.array([3.0, 4.0]), 1)):
+        x = kd.Tensor([1.0, 2.0], requires_grad=True)
+        COPIES.reset()
+        (x * x).backward(gradient)
+        assert (COPIES.to_host, COPIES.to_device) == (0, copied)
+        assert x.grad.numpy().tolist() == [6, 16]
+
+
+def test_what_is_computed_of_numbers_alone_stays_on_the_host(cupy: Any) -> None:
+    (found,), _, _ = execute(OPS["set_scalar"], [np.float64(2)], {})
+    assert isinstance(found, np.ndarray)
+    assert found == 2
 
 
 def test_a_tensor_is_made_where_it_is_asked_for_and_moves_by_name(cupy: Any) -> None:
@@ -482,6 +542,13 @@ def on_the_device(*arrays: Any) -> list[Any]:
 WRONG: dict[str, tuple[Any, str, int]] = {
     "a label": (
         lambda: F.cross_entropy(*on_the_device(np.zeros((3, 4)), [1, 9, 0]), reduction="none"),
+        r"cross_entropy: target\[1\] must be a class id from 0 to 3 .*, got 9",
+        1,
+    ),
+    "a label beside weights of the classes": (
+        lambda: F.cross_entropy(
+            *on_the_device(np.zeros((3, 4)), [1, 9, 0]), weight=to_device(np.ones(4)), reduction="none"
+        ),
         r"cross_entropy: target\[1\] must be a class id from 0 to 3 .*, got 9",
         1,
     ),

@@ -19,7 +19,7 @@ import minikd as kd
 from minikd import functional as F
 from minikd.cli import main
 from minikd.errors import ArgumentError, BackendError
-from minikd.kernels import current_backend, execute
+from minikd.kernels import current_backend, execute, product_eps
 from minikd.kernels.arrays import to_device, to_host
 from minikd.kernels.cuda.products import COMPUTE_TYPES, multiplier
 from minikd.kernels.precision import MANTISSA, emulated, rounded
@@ -151,6 +151,15 @@ def test_another_backend_begins_in_float32_and_a_context_that_ends_leaves_it_alo
         assert str(kd.matmul_precision()) == "float32"
         chosen = kd.matmul_precision("bfloat16")
     assert str(kd.matmul_precision()) == chosen.name == "bfloat16"
+
+
+@pytest.mark.parametrize(("precision", "eps"), [("float32", 2.0**-23), ("tf32", 2.0**-10), ("bfloat16", 2.0**-7)])
+def test_factors_in_float32_are_as_far_apart_as_their_digits_say(
+    precision: str, eps: float, numpy_in_use: None
+) -> None:
+    with kd.matmul_precision(precision):
+        assert product_eps(np.dtype(np.float32)) == eps
+        assert product_eps(np.dtype(np.float64)) == 2.0**-52
 
 
 def test_an_unknown_precision_is_refused(numpy_in_use: None) -> None:

@@ -16,7 +16,7 @@ import pytest
 import minikd as kd
 from minikd import functional as F
 from minikd import tape
-from minikd.errors import ShapeError, TapeError
+from minikd.errors import DTypeError, ShapeError, TapeError
 
 
 def leaf(*values: float, dtype: Any = np.float64) -> kd.Tensor:
@@ -136,6 +136,34 @@ def test_a_scalar_takes_an_upstream_gradient_of_any_kind(gradient: Any) -> None:
     x = leaf(1, 2)
     x.sum().backward(gradient)
     assert x.grad.numpy().tolist() == [2, 2]
+
+
+def test_a_former_gradient_may_be_the_upstream_one_though_its_place_is_written_to() -> None:
+    x = leaf(3, 5)
+    kd.optim.SGD([x], lr=0.1)
+    (2.0 * x).sum().backward()
+    upstream = x.grad
+    x.zero_grad()
+    (x * x).backward(upstream)
+    assert x.grad.numpy().tolist() == [12, 20]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number", "wanted"),
+    [(np.float64, 2**24 + 1, 2**24 + 1), (np.float32, 2**60 + 2**36 + 1, 2**60 + 2**37)],
+)
+def test_a_whole_upstream_gradient_is_rounded_once_to_the_dtype_of_the_tensor(
+    dtype: Any, number: int, wanted: int
+) -> None:
+    x = leaf(1, dtype=dtype)
+    (2.0 * x).backward(np.array([number]))
+    assert x.grad.dtype == dtype
+    assert x.grad.numpy().tolist() == [2 * wanted]
+
+
+def test_an_upstream_gradient_that_holds_no_numbers_is_refused_by_its_name() -> None:
+    with pytest.raises(DTypeError, match=r"^backward: gradient must be an array of float16, "):
+        (2.0 * leaf(1)).backward(np.array(["text"]))
 
 
 def test_a_value_that_is_no_scalar_needs_an_upstream_gradient_of_its_shape() -> None:

@@ -484,7 +484,7 @@ def prepare(op: Op, inputs: Sequence[Any], real: np.dtype[Any] | None = None) ->
             arrays.append(operand(op.name, argument.name, value, real))
         elif argument.kind in HOST_KINDS:
             host_number(op.name, argument.name, value)
-            arrays.append(np.asarray(_CONVERT[argument.kind](op.name, argument.name, value), order="C"))
+            arrays.append(np.asarray(_CONVERT[argument.kind](op.name, argument.name, value)))
         else:
             array = _CONVERT[argument.kind](op.name, argument.name, value)
             array = taken_in(op.name, argument.name, value, array)

@@ -289,8 +289,8 @@ def _against_others(xp: Any, z: Any, hot: Any, inverse_t: float) -> tuple[Any, A
 
     That is z_y/T - log Σ exp(z_j/T) over the others, the logit of a choice between two.
     """
-    own = xp.where(hot, wide(xp, z), -xp.inf).max(axis=1)
-    others = xp.where(hot, -xp.inf, wide(xp, z))
+    own = xp.where(hot, wide(z), -xp.inf).max(axis=1)
+    others = xp.where(hot, -xp.inf, wide(z))
     p, log_p = softened(xp, others, inverse_t)
     logit = (own - others.max(axis=1)) * inverse_t + log_p.max(axis=1)
     return p, log_p, xp.where(own == xp.inf, xp.nan, logit)
@@ -319,7 +319,7 @@ def _decoupled_kd(
     c = student_logits.shape[1]
     t = _temperature("decoupled_kd", temperature, scale_t2)
     labelled = labelled_rows(xp, "decoupled_kd", target, c, ignore_index)
-    hot = xp.arange(c)[None, :] == xp.where(labelled, target, 0)[:, None]
+    hot = xp.arange(c)[None, :] == target[:, None]
     alpha, beta = float(alpha), float(beta)
 
     # of the other classes: KL(q̂ ‖ p̂), derivative p̂ - q̂
@@ -388,7 +388,7 @@ def _standardised(xp: Any, z: Any, eps: float) -> tuple[Any, Any, Any]:
     The mean is taken of the distances from a row's first score, so that equal scores have no deviation, however large
     they are.
     """
-    distance = wide(xp, z) - wide(xp, z)[:, :1]
+    distance = wide(z) - wide(z)[:, :1]
     centred = distance - distance.mean(axis=1, keepdims=True)
     deviation = xp.sqrt((centred * centred).sum(axis=1, keepdims=True) / max(z.shape[1] - 1, 1))
     factor = 1 / (deviation + eps)

@@ -21,7 +21,7 @@ from minikd.ops.rows import row_shapes, wide
 
 
 def _logits(xp: Any, hidden: Any, weight: Any, bias: Any) -> Any:
-    z = wide(xp, hidden) @ wide(xp, weight).T
+    z = wide(hidden) @ wide(weight).T
     return z if bias is None else z + bias
 
 

@@ -61,7 +61,7 @@ def outside(target: Any, c: int) -> Any:
 
 def one_hot(xp: Any, target: Any, labelled: Any, c: int, smoothing: float) -> Any:
     """(1 - smoothing)·one-hot + smoothing/C in float64, zeros in the rows without a label, NaN where it is no class."""
-    hot = xp.arange(c)[None, :] == xp.where(labelled, target, -1)[:, None]
+    hot = xp.arange(c)[None, :] == target[:, None]
     return xp.where(labelled[:, None], (1.0 - smoothing) * hot + known(xp, target, c, smoothing / c)[:, None], 0.0)
 
 
@@ -119,8 +119,8 @@ def _cross_entropy(
     y = one_hot(xp, target, labelled, c, label_smoothing)
     divisor = labelled.sum()
     if weight is not None:
-        y = y * wide(xp, weight)
-        of_rows = xp.take(wide(xp, weight), xp.clip(target, 0, c - 1))
+        y = y * wide(weight)
+        of_rows = xp.take(wide(weight), xp.clip(target, 0, c - 1))
         divisor = xp.where(labelled, of_rows, 0.0).sum()
     rows, dz = cross_entropy_rows(xp, logits, y)
     reduce_rows(xp, loss, xp.where(labelled, rows, 0.0), divisor, reduction)
@@ -173,9 +173,9 @@ def _soft_cross_entropy(
     xp: Any, loss: Any, gradient: Any, logits: Any, target: Any, weight: Any, reduction: str, label_smoothing: float
 ) -> None:
     n, c = logits.shape
-    y = (1.0 - label_smoothing) * wide(xp, target) + label_smoothing / c
+    y = (1.0 - label_smoothing) * wide(target) + label_smoothing / c
     if weight is not None:
-        y = y * wide(xp, weight)
+        y = y * wide(weight)
     rows, dz = cross_entropy_rows(xp, logits, y)
     reduce_rows(xp, loss, rows, n, reduction)
     if gradient is not None:
@@ -225,9 +225,9 @@ def _kl_divisor(shape: Shape, reduction: str) -> int:
 
 
 def _kl_div(xp: Any, loss: Any, gradient: Any, input: Any, target: Any, reduction: str, log_target: bool) -> None:
-    q = xp.exp(wide(xp, target)) if log_target else wide(xp, target)
-    log_q = wide(xp, target) if log_target else xp.log(q)
-    pointwise = xp.where(q == 0, 0.0, q * (log_q - wide(xp, input)))
+    q = xp.exp(wide(target)) if log_target else wide(target)
+    log_q = wide(target) if log_target else xp.log(q)
+    pointwise = xp.where(q == 0, 0.0, q * (log_q - wide(input)))
     divisor = _kl_divisor(input.shape, reduction)
     reduce_rows(xp, loss, pointwise, divisor, reduction)
     if gradient is not None:

@@ -11,7 +11,7 @@ from minikd.errors import bad_temperature
 from minikd.ops.op import Example, Op, gradients, register
 
 
-def wide(xp: Any, x: Any) -> Any:
+def wide(x: Any) -> Any:
     """x in float64 (complex128 if it is complex): rows are computed there and rounded once."""
     return x.astype(np.result_type(x.dtype, np.float64))
 
@@ -27,7 +27,7 @@ def inverse_temperature(where: str, temperature: Any, dtype: Any) -> float:
 
 def softened(xp: Any, z: Any, inverse_t: float) -> tuple[Any, Any]:
     """softmax(z/T) and log softmax(z/T) of rows, by definition 1: the row's maximum is taken off first."""
-    shifted = (wide(xp, z) - z.max(axis=1, keepdims=True)) * inverse_t
+    shifted = (wide(z) - z.max(axis=1, keepdims=True)) * inverse_t
     weights = xp.exp(shifted)
     total = weights.sum(axis=1, keepdims=True)
     return weights / total, shifted - xp.log(total)
@@ -38,7 +38,7 @@ def _softmax(xp: Any, y: Any, x: Any, temperature: Any) -> None:
 
 
 def _softmax_gradient(xp: Any, dy: Any, y: Any, x: Any, temperature: Any) -> Any:
-    dy, y = wide(xp, dy), wide(xp, y)
+    dy, y = wide(dy), wide(y)
     inner = xp.sum(xp.where(y == 0, 0, dy * y), axis=1, keepdims=True)
     scale = inverse_temperature("softmax", temperature, dy.dtype)
     return xp.where(y == 0, 0, y * (dy - inner) * scale)
@@ -49,7 +49,7 @@ def _log_softmax(xp: Any, y: Any, x: Any, temperature: Any) -> None:
 
 
 def _log_softmax_gradient(xp: Any, dy: Any, y: Any, x: Any, temperature: Any) -> Any:
-    dy, y = wide(xp, dy), wide(xp, y)
+    dy, y = wide(dy), wide(y)
     scale = inverse_temperature("log_softmax", temperature, dy.dtype)
     return (dy - xp.exp(y) * dy.sum(axis=1, keepdims=True)) * scale
 
