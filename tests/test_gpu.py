@@ -142,6 +142,17 @@ def test_kernels_give_the_same_bits_each_time(name: str, place: Place) -> None:
         assert bits[0] == bits[1] == bits[2]
 
 
+@each_float
+def test_gradients_of_rows_that_are_taken_several_times_have_the_same_bits_each_time(dtype: str, place: Place) -> None:
+    rng, count = np.random.default_rng(3), place.times(5000, 200)
+    rows, dy = rng.integers(0, 40, count), rng.normal(size=(count, 300)).astype(dtype)
+    wanted = np.zeros((50, 300))
+    np.add.at(wanted, rows, widen(dy))
+    found = [run("take_vjp", np.full((50, 300), np.nan, dtype), dy, None, None, rows)[0] for _ in range(3)]
+    assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
+    np.testing.assert_allclose(found[0], wanted, rtol=1e-6, atol=1e-6)
+
+
 # A warp holds a row, a block does in registers or shared memory, or it is read again.
 LENGTHS = (1, 10, 33, 1000, 1025, 4097, 13000, 30000)
 

@@ -518,6 +518,8 @@ class _Ufunc:
 
     def at(self, a: ndarray, *args: Any) -> None:
         _used(f"{self._name}.at")
+        if a.dtype.kind == "f":
+            raise AssertionError(f"{self._name}.at adds up floats by atomics: in another order each time")
         self._function.at(a._array, *(_plain(x) for x in args))
 
 
