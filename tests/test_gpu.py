@@ -188,13 +188,14 @@ def test_kernels_note_a_wrong_label_which_is_refused_when_somebody_waits(name: s
     assert np.flatnonzero(np.isnan(to_host(loss))).tolist() == [2]
 
 
-# Factors keep 10 or 7 bits; that tensor cores may cut off instead of rounding doubles the distance.
+# Factors keep 10 or 7 bits; that tensor cores may cut off instead of rounding doubles the distance. All rows are whole
+# vectors: where they are not, cuBLAS is free to compute in float32 after all.
 @pytest.mark.parametrize(("precision", "bits"), [("tf32", 10), ("bfloat16", 7)])
 def test_products_at_another_precision_are_off_by_no_more_than_is_said(precision: str, bits: int, place: Place) -> None:
     if place.is_card and int(place.cupy.cuda.Device().compute_capability) < 80:
         pytest.skip("needs a card of compute capability 8.0 or above")
     rng = np.random.default_rng(4)
-    a, b = (rng.normal(size=(n, k)).astype(np.float32) for n, k in ((37, 65), (29, 65)))
+    a, b = (rng.normal(size=(n, k)).astype(np.float32) for n, k in ((72, 64), (56, 64)))
     exact, most = a.astype(np.float64) @ b.T, np.abs(a).astype(np.float64) @ np.abs(b.T)
     with kd.matmul_precision(precision):
         found = to_host(F.linear(to_device(a), to_device(b), None))
