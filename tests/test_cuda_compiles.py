@@ -21,6 +21,8 @@ from minikd.kernels.cuda.sources import source
 from minikd.kernels.cuda.table import KERNELS, VARIANTS
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
+# What CuPy puts behind the options that it is given.
+OF_CUPY = ("-ftz=true", "--device-as-default-execution-space")
 SOURCES = sorted({step.source for steps in KERNELS.values() for step in steps})
 
 
@@ -52,7 +54,7 @@ def log_of(program: Any) -> str:
 
 def compiled(name: str, dtype: str, architecture: str) -> tuple[dict[str, Usage], list[str]]:
     """What each kernel of a source takes, and what the compiler said beside that."""
-    options = [f"-arch={architecture}", *OPTIONS, "--ptxas-options=-v"]
+    options = [f"-arch={architecture}", *OPTIONS, *OF_CUPY, "--ptxas-options=-v"]
     options += ["-DMINIKD_DOUBLE"] if dtype == "float64" else []
     program = ctypes.c_void_p()
     text, label = source(name).encode(), name.encode()

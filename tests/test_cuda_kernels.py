@@ -126,7 +126,7 @@ def test_every_kernel_agrees_with_the_reference_on_every_example(name: str, dtyp
 def test_every_kernel_is_one_of_the_table_of_operations_and_has_its_vjp() -> None:
     assert not launches.NAMES - set(kernel_names())
     differentiable = {n for n in FORWARD if OPS[n].vjp}
-    assert {n + "_vjp" for n in differentiable} - launches.NAMES == {"take_vjp"}
+    assert not {n + "_vjp" for n in differentiable} - launches.NAMES
 
 
 @each_float

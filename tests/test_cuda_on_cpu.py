@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,11 @@ extern "C" __global__ void shuffles(int *y)
     row[3] = __shfl_xor_sync(ALL, value, 8, 8);
     row[4] = (int)__ballot_sync(ALL, lane % 3 == 0);
     row[5] = __any_sync(ALL, lane == 5) + 2 * __all_sync(ALL, lane < 31);
+}
+
+extern "C" __global__ void halved(float *y, const float *x)
+{
+    y[threadIdx.x] = x[threadIdx.x] * 0.5f;
 }
 
 extern "C" __global__ void smallest(long long *y, const long long *x)
@@ -161,6 +167,16 @@ def test_shared_memory_that_nobody_has_written_yet_is_nan() -> None:
     x = np.zeros(64, np.float32)
     launch("no_barrier", 64, x)
     assert np.isnan(x[:32]).all()
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs a processor that can flush to 0")
+def test_floats_that_are_not_normal_are_0_as_in_what_cupy_compiles() -> None:
+    x = np.array([2, 1, -1, 0.5], np.float32) * np.finfo(np.float32).tiny
+    for options, wanted in ((), [1, 0, 0, 0]), (("-DMINIKD_DOUBLE",), [1, 0.5, -0.5, 0.25]):
+        y = np.full_like(x, np.nan)
+        RawModule(code=SOURCE, options=options).get_function("halved")((1,), (4,), (y, x))
+        np.testing.assert_array_equal(y, np.array(wanted, np.float32) * np.finfo(np.float32).tiny)
+    assert (x[1:] != 0).all()  # outside of kernels nothing is different
 
 
 def test_what_the_driver_refuses_is_refused() -> None:

@@ -6,6 +6,7 @@ No GPU is needed: a strict stand-in for CuPy refuses hidden copies and counts th
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import itertools
 import operator
@@ -151,6 +152,15 @@ def test_numbers_are_copied_only_if_one_of_them_changed(cupy: Any) -> None:
     graph()
     assert standin.COPIES.queued == 2
     assert [str(f[0]) for f in found] == ["0.0", "1.0", "0.0", "1.0", "-0.0", "1.0"]
+
+
+def test_the_numbers_of_a_graph_that_is_dropped_are_copied_before_their_memory_is_given_back(cupy: Any) -> None:
+    (graph,) = join([Kernel([], np.array(1.0)), Kernel([])])
+    standin.COPIES.reset()
+    graph()
+    del graph
+    gc.collect()
+    assert (standin.COPIES.queued, standin.COPIES.freed_under_way) == (1, 0)
 
 
 def test_a_graph_without_numbers_copies_nothing(cupy: Any) -> None:

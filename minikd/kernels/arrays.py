@@ -284,6 +284,11 @@ class Pinned:
         self._array = np.frombuffer(memory, dtype, size).reshape(shape)
         self._copied: Any = None  # when the last copy was made
 
+    def __del__(self) -> None:
+        """CuPy gives the memory to the next who asks, who may write to it: so the last copy of it is waited for."""
+        if getattr(self, "_copied", None) is not None and not sys.is_finalizing():
+            self._copied.synchronize()
+
     def for_writing(self) -> np.ndarray:
         """The array, once the last copy of it is made."""
         if self._copied is not None:

@@ -111,6 +111,8 @@ def kernel_names(code: str, options: tuple[str, ...] = ()) -> list[str]:
 def build(code: str, options: tuple[str, ...], extra: tuple[str, ...] = ()) -> Path:
     """The library of a source, compiled once for each text and options."""
     kept = tuple(o for o in options if o.startswith(("-D", "-I", "-U")))
+    if "-ftz=true" in options:
+        kept = (*kept, "-DCUDA_ON_CPU_FTZ")
     digest = hashlib.sha256(repr((code, kept, extra, HEADER.read_text("utf-8"))).encode()).hexdigest()[:24]
     library = Path(_folder().name, f"{digest}.so")
     if not library.exists():
@@ -134,7 +136,8 @@ class RawModule:
     def __init__(self, *, code: str, options: tuple[str, ...] = (), backend: str = "nvrtc") -> None:
         if backend != "nvrtc":
             raise ValueError(f"backend is {backend!r}, and only nvrtc takes these sources")
-        self.code, self.options = code, options
+        # CuPy puts this behind all options that it is given; in numbers of 64 bits it changes nothing
+        self.code, self.options = code, options if "-DMINIKD_DOUBLE" in options else (*options, "-ftz=true")
         self._functions: dict[str, RawKernel] = {}
 
     def get_function(self, name: str) -> RawKernel:
@@ -175,7 +178,8 @@ class RawKernel:
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: Any, *, shared_mem: int = 0) -> None:
         grid, block = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
-        if min(*grid, *block) < 1 or int(np.prod(block)) > self.max_threads_per_block:
+        too_many = grid[0] >= 2**31 or max(grid[1:]) >= 2**16 or int(np.prod(block)) > self.max_threads_per_block
+        if min(*grid, *block) < 1 or too_many:
             raise LaunchError(f"{self.name}: a grid of {grid} blocks of {block} threads cannot be launched")
         if shared_mem > self._most:
             raise LaunchError(f"{self.name}: {shared_mem} bytes of shared memory, and {self._most} are allowed")

@@ -35,14 +35,15 @@ class HiddenCopy(AssertionError):
 class Copies:
     """How many copies there were between the host and the device since the last `reset`.
 
-    `queued` are copies to the device that the host does not wait for, by `runtime.memcpyAsync`.
+    `queued` are copies to the device that the host does not wait for, by `runtime.memcpyAsync`; `freed_under_way`
+    counts pinned memory that was given back while it may still have been read for one of them.
     """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.to_host = self.to_device = self.queued = 0
+        self.to_host = self.to_device = self.queued = self.freed_under_way = 0
 
 
 COPIES = Copies()
@@ -518,6 +519,8 @@ class _Ufunc:
 
     def at(self, a: ndarray, *args: Any) -> None:
         _used(f"{self._name}.at")
+        if a.dtype.kind == "f":
+            raise AssertionError(f"{self._name}.at adds up floats by atomics: in another order each time")
         self._function.at(a._array, *(_plain(x) for x in args))
 
 
@@ -619,13 +622,18 @@ class Event:
     def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
         _used("cuda.Event")
         self.time = 0.0
+        self._before: list[_Pinned] = []
 
     def record(self, stream: Any = None) -> None:
         _used("cuda.Event.record")
         self.time = time.perf_counter()
+        self._before = [pinned for pinned in _all_pinned if pinned.under_way]
 
     def synchronize(self) -> None:
         _used("cuda.Event.synchronize")
+        for pinned in self._before:
+            pinned.under_way = False
+        self._before = []
 
 
 def get_elapsed_time(start: Event, end: Event) -> float:
@@ -673,10 +681,29 @@ def launched(run: Any) -> None:
         captured.append(run)
 
 
+class _Pinned:
+    """Memory of the host that copies are made of, which are under way until an event behind them is waited for."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self.begin, self.end = memory.ctypes.data, memory.ctypes.data + memory.nbytes
+        self.under_way = False
+
+    def freed(self) -> None:
+        """What the next owner writes there would be what is copied."""
+        _all_pinned.remove(self)
+        COPIES.freed_under_way += self.under_way
+
+
+_all_pinned: list[_Pinned] = []
+
+
 def alloc_pinned_memory(size: int) -> Any:
     """A buffer of the host; NumPy reads it with `numpy.frombuffer`."""
     _used("cuda.alloc_pinned_memory")
-    return memoryview(np.zeros(max(int(size), 1), np.uint8))
+    memory = np.zeros(max(int(size), 1), np.uint8)
+    _all_pinned.append(_Pinned(memory))
+    weakref.finalize(memory, _all_pinned[-1].freed)
+    return memoryview(memory)
 
 
 def _memcpy(dst: int, src: int, size: int, kind: int, stream: int = 0) -> None:
@@ -686,6 +713,8 @@ def _memcpy(dst: int, src: int, size: int, kind: int, stream: int = 0) -> None:
         _refuse_captured("a copy to the host")
     elif kind == runtime.memcpyHostToDevice:
         COPIES.queued += 1
+        for pinned in _all_pinned:
+            pinned.under_way |= pinned.begin <= src < pinned.end
     launched(lambda: ctypes.memmove(dst, src, size))
 
 

@@ -258,6 +258,29 @@ extern "C" __global__ void __launch_bounds__(256) take(real *y, const real *x, c
         y[to + j] = x[from + j];
 }
 
+/* dx[r] = Σ dy[k] of all k with rows[k] = r, in their order: a block for each row of dx. A warp looks at as many row
+ * numbers at once as it has lanes. */
+extern "C" __global__ void __launch_bounds__(256)
+    take_vjp(real *dx, const real *dy, const whole *rows, whole count, whole m)
+{
+    const whole row = blockIdx.x;
+    const int lane = (int)(threadIdx.x % LANES_OF_WARP);
+    for (whole first = 0; first < m; first += blockDim.x) { /* for all threads alike, which look together */
+        const whole j = first + threadIdx.x;
+        double total = 0;
+        for (whole base = 0; base < count; base += LANES_OF_WARP) {
+            unsigned found = __ballot_sync(ALL_LANES, base + lane < count && rows[base + lane] == row);
+            for (; found; found &= found - 1) {
+                const whole k = base + __ffs((int)found) - 1;
+                if (j < m)
+                    total += dy[k * m + j];
+            }
+        }
+        if (j < m)
+            dx[row * m + j] = (real)total;
+    }
+}
+
 /* y[k] = scale·x[rows[k]] + shift, of bytes */
 extern "C" __global__ void __launch_bounds__(256)
     take_scaled(real *y, const uint8_t *x, const whole *rows, const real *scale, const real *shift, whole n, whole m)

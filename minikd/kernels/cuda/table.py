@@ -198,6 +198,7 @@ KERNELS: dict[str, tuple[Step, ...]] = {
         Step(_ELEMENTS, "scale", "vectors", "g g factor zero size"),
     ),
     "take": (_CHECKED_ROWS, Step(_ELEMENTS, "take", "places", "y x rows n m")),
+    "take_vjp": (Step(_ELEMENTS, "take_vjp", "rows", "dx dy rows k m", only="dx"),),
     "take_scaled": (_CHECKED_ROWS, Step(_ELEMENTS, "take_scaled", "places", "y x rows scale shift n m")),
     "take_index": (_CHECKED_ROWS, Step(_ELEMENTS, "take_index", "elements", "y x rows k n")),
     "add_into": (Step(_ELEMENTS, "add_into", "vectors", "y x size"),),
