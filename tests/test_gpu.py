@@ -154,7 +154,7 @@ def test_gradients_of_rows_that_are_taken_several_times_have_the_same_bits_each_
 
 
 # A warp holds a row, a block does in registers or shared memory, or it is read again.
-LENGTHS = (1, 10, 33, 1000, 1025, 4097, 13000, 30000)
+LENGTHS = (1, 10, 33, 1000, 1025, 4097, 13000, 30000, 40000)
 
 
 @each_float

@@ -2,9 +2,9 @@
  * softmax(z_t/T).
  *
  * A row is read once, by a warp into registers, or by a block into registers (the student's) and shared memory (the
- * teacher's), or by a block into shared memory; only rows that fit nowhere are read again from memory. KL is a
- * difference of sums where it is large, else a sum of terms that do not cancel, for which the row is gone through once
- * more. */
+ * teacher's), or by a block into shared memory; only what fits nowhere, of the longest rows, is read again from
+ * memory. KL is a difference of sums where it is large, else a sum of terms that do not cancel, for which the row is gone
+ * through once more. */
 
 #include "labels.h"
 
@@ -234,6 +234,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) distillation_shared(PAR
     const Strided layout(group.rank(), THREADS, c);
     const InMemory z_s(layout, rows, student_logits + at), z_t(layout, rows + c, teacher_logits + at);
     distillation_row(group, layout, z_s, z_t, row, ARGUMENTS);
+}
+
+#ifdef MINIKD_DOUBLE
+#define ITEMS_BESIDE 12
+#else
+#define ITEMS_BESIDE 24
+#endif
+
+/* Both rows in dynamic shared memory, but for the student's first classes, which are in registers. */
+extern "C" __global__ void __launch_bounds__(THREADS, 1) distillation_both(PARAMETERS)
+{
+    extern __shared__ real rows[];
+    __shared__ Told told;
+    const whole row = blockIdx.x, at = row * c;
+    const Block group(&told);
+    const SpreadAndStrided<THREADS, ITEMS_BESIDE> layout(group.rank(), c);
+    const InBoth<ITEMS_BESIDE> z_s(layout, rows + c, student_logits + at);
+    const InMemory z_t(layout, rows, teacher_logits + at);
+    distillation_row(group, layout, z_s, z_t, row, ARGUMENTS);
+}
+
+/* The teacher's row in dynamic shared memory, the student's where it is. */
+extern "C" __global__ void __launch_bounds__(THREADS, 1) distillation_held(PARAMETERS)
+{
+    extern __shared__ real teacher[];
+    __shared__ Told told;
+    const whole row = blockIdx.x, at = row * c;
+    const Block group(&told);
+    const Strided layout(group.rank(), THREADS, c);
+    const InMemory z_t(layout, teacher, teacher_logits + at);
+    distillation_row(group, layout, InMemory(student_logits + at), z_t, row, ARGUMENTS);
 }
 
 /* Both rows where they are: maxima, sums and gradient are three passes over memory. */

@@ -223,6 +223,7 @@ template <int SIZE, int ITEMS, int V> struct Spread {
     /* The same, and `pause` so often that no more than TOGETHER elements lie between two. */
     template <class F, class P> __device__ __forceinline__ void each(F f, P pause) const
     {
+        static_assert(ITEMS <= TOGETHER, "more elements would be added up in real");
         each(f);
         pause();
     }
@@ -249,31 +250,64 @@ template <int SIZE, int ITEMS, int V> struct Spread {
     }
 };
 
-/* Every size-th element of a row of any length. */
+/* Every size-th element of a row of any length, from the class `first` on; all are the thread's element `number`. */
 struct Strided {
-    int rank, size, c;
+    int first, size, c, number;
 
-    __device__ __forceinline__ Strided(int rank, int size, whole c) : rank(rank), size(size), c((int)c) {}
+    __device__ __forceinline__ Strided(int first, int size, whole c, int number = 0)
+        : first(first), size(size), c((int)c), number(number)
+    {
+    }
 
     template <class F> __device__ __forceinline__ void each(F f) const
     {
-        for (int j = rank; j < c; j += size)
-            f(0, j);
+        for (int j = first; j < c; j += size)
+            f(number, j);
     }
 
     template <class F, class P> __device__ __forceinline__ void each(F f, P pause) const
     {
-        for (int j = rank; j < c;) {
+        for (int j = first; j < c;) {
             for (int k = 0; k < TOGETHER && j < c; k++, j += size)
-                f(0, j);
+                f(number, j);
             pause();
         }
     }
 
     template <class F> __device__ __forceinline__ void write(real *to, bool, F f) const
     {
-        for (int j = rank; j < c; j += size)
-            to[j] = f(0, j);
+        for (int j = first; j < c; j += size)
+            to[j] = f(number, j);
+    }
+};
+
+/* The first ITEMS·SIZE classes of a row spread over the group, and whatever is behind them strided, as element ITEMS. */
+template <int SIZE, int ITEMS> struct SpreadAndStrided {
+    enum { before = SIZE * ITEMS };
+    Spread<SIZE, ITEMS, 1> head;
+    Strided tail;
+
+    __device__ __forceinline__ SpreadAndStrided(int rank, whole c)
+        : head(rank, c), tail(before + rank, SIZE, c, ITEMS)
+    {
+    }
+
+    template <class F> __device__ __forceinline__ void each(F f) const
+    {
+        head.each(f);
+        tail.each(f);
+    }
+
+    template <class F, class P> __device__ __forceinline__ void each(F f, P pause) const
+    {
+        head.each(f, pause);
+        tail.each(f, pause);
+    }
+
+    template <class F> __device__ __forceinline__ void write(real *to, bool in_vectors, F f) const
+    {
+        head.write(to, in_vectors, f);
+        tail.write(to, in_vectors, f);
     }
 };
 
@@ -322,6 +356,25 @@ struct InMemory {
     __device__ __forceinline__ real at(int, int j) const
     {
         return row[j];
+    }
+};
+
+/* The first ITEMS elements of each thread in registers, whatever is behind them in a copy in shared memory. */
+template <int ITEMS> struct InBoth {
+    InRegisters<ITEMS> head;
+    const real *tail;
+    int before;
+
+    template <int SIZE>
+    __device__ __forceinline__ InBoth(const SpreadAndStrided<SIZE, ITEMS> &layout, real *copy, const real *row)
+        : head(layout.head, row, false), tail(copy), before(layout.before)
+    {
+        layout.tail.each([&](int, int j) { copy[j - layout.before] = row[j]; });
+    }
+
+    __device__ __forceinline__ real at(int k, int j) const
+    {
+        return k < ITEMS ? head.at(k, j) : tail[j - before];
     }
 };
 

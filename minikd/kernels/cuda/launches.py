@@ -66,7 +66,7 @@ def shared_memory() -> int:
 def variant(name: str, c: int, itemsize: int, most_shared: int) -> Variant:
     """The function for rows of c classes: the first that takes them and whose shared memory there is."""
     for found in VARIANTS[name][itemsize]:
-        if (not found.most or c <= found.most) and found.kept * c * itemsize + STATIC_SHARED <= most_shared:
+        if (not found.most or c <= found.most) and found.shared(c, itemsize) + STATIC_SHARED <= most_shared:
             return found
     raise AssertionError(f"the last variant of {name} takes any row")
 
@@ -194,7 +194,7 @@ class Form:
         if step.grid == "classes":
             c = look.sizes["c"]
             found = variant(name, c, look.itemsize, shared_memory())
-            name, self.shared = f"{name}_{found.suffix}", found.kept * c * look.itemsize
+            name, self.shared = f"{name}_{found.suffix}", found.shared(c, look.itemsize)
             self.grid: tuple[int, ...] = _blocks(look.sizes["n"], found.rows)
             self.block: tuple[int, ...] = (found.threads,)
         else:

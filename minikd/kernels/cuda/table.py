@@ -19,7 +19,7 @@ class Variant(NamedTuple):
     """One of several functions for rows of different lengths: its suffix, and the most classes that it takes (0: any).
 
     `threads` are those of a block, which has one row, or ROWS_OF_WARPS where the row is a warp's. `kept` is how many
-    rows of c numbers it keeps in dynamic shared memory.
+    rows of c numbers it keeps in dynamic shared memory, but for `beside` numbers of them that are in registers.
     """
 
     suffix: str
@@ -27,6 +27,11 @@ class Variant(NamedTuple):
     threads: int
     rows: int = 1
     kept: int = 0
+    beside: int = 0
+
+    def shared(self, c: int, itemsize: int) -> int:
+        """Bytes of dynamic shared memory for a row of c numbers."""
+        return (self.kept * c - min(c, self.beside)) * itemsize
 
 
 def _warp(items: int) -> Variant:
@@ -34,7 +39,8 @@ def _warp(items: int) -> Variant:
 
 
 _OF_ONE_ROW = (_warp(1), _warp(4), _warp(32), Variant("block", 0, THREADS))
-_LAST = (Variant("shared", 0, 512, kept=2), Variant("again", 0, 512))
+_BOTH_KEPT = Variant("shared", 0, 512, kept=2)
+_LAST = (Variant("held", 0, 512, kept=1), Variant("again", 0, 512))
 
 # The functions for rows of every length, shortest first, for float (4 bytes) and double (8 bytes).
 VARIANTS: dict[str, dict[int, tuple[Variant, ...]]] = {
@@ -54,12 +60,16 @@ VARIANTS: dict[str, dict[int, tuple[Variant, ...]]] = {
             *(_warp(items) for items in (1, 4, 16, 32)),
             Variant("block_8", 8 * 512, 512, kept=1),
             Variant("block_24", 24 * 512, 512, kept=1),
+            _BOTH_KEPT,
+            Variant("both", 0, 512, kept=2, beside=24 * 512),
             *_LAST,
         ),
         8: (
             *(_warp(items) for items in (1, 4, 16)),
             Variant("block_8", 8 * 512, 512, kept=1),
             Variant("block_16", 16 * 512, 512, kept=1),
+            _BOTH_KEPT,
+            Variant("both", 0, 512, kept=2, beside=12 * 512),
             *_LAST,
         ),
     },
