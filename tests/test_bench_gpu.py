@@ -13,9 +13,9 @@ from typing import Any
 import cuda_on_cpu
 import numpy as np
 import pytest
+from standin import computing
 from standin import cupy as standin
 
-import minikd as kd
 from minikd.bench import add_arguments, run
 from minikd.bench.contenders import Bound
 from minikd.bench.gpu import cases, clock, command, report, worker
@@ -27,7 +27,6 @@ from minikd.bench.worker import bind_all
 from minikd.cli import main
 from minikd.errors import ArgumentError, BackendError
 from minikd.kernels import current_backend
-from minikd.ops.refusals import REFUSALS
 from minikd.report.table import plain
 
 SHORT = Effort(LEAST_ROUNDS, 0.0)
@@ -45,14 +44,8 @@ def cupy() -> Iterator[Any]:
     """The stand-in as cupy, and its backend in use."""
     if cuda_on_cpu.compiler() is None:
         pytest.skip("needs g++, which makes kernels run on the processor")
-    before = current_backend()
-    with standin.installed() as module:
-        kd.use_backend("cupy")
-        try:
-            yield module
-        finally:
-            kd.use_backend(before)
-            REFUSALS.forget()
+    with computing() as module:
+        yield module
 
 
 # --- what is measured ---

@@ -21,6 +21,7 @@ from typing import Any
 import cuda_on_cpu
 import numpy as np
 import pytest
+from standin import computing
 from standin import cupy as standin
 from standin.cupy import COPIES
 
@@ -47,7 +48,6 @@ from minikd.kernels import (
 from minikd.kernels.arrays import HOST_KINDS, address, here, is_writable, on_device, to_device, to_host
 from minikd.objectives import IGNORED, NAMES, Batch, HardLabels, ReverseKL
 from minikd.ops import OPS, Op
-from minikd.ops.refusals import REFUSALS
 from minikd.report.environment import environment_table
 from minikd.training import Training
 from minikd.weighing import weigh_training
@@ -56,14 +56,8 @@ from minikd.weighing import weigh_training
 @pytest.fixture
 def with_kernels() -> Iterator[Any]:
     """The stand-in as cupy, and its backend in use with its own kernels, which run on the processor."""
-    before = current_backend()
-    with standin.installed() as module:
-        kd.use_backend("cupy")
-        try:
-            yield module
-        finally:
-            kd.use_backend(before)
-            REFUSALS.forget()
+    with computing() as module:
+        yield module
 
 
 @pytest.fixture

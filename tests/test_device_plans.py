@@ -12,7 +12,6 @@ import itertools
 import operator
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,42 +20,27 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from standin import computing
 from standin import cupy as standin
 
 import minikd as kd
 from minikd import functional as F
 from minikd import steps
 from minikd.errors import ArgumentError, BackendError, PlanError
-from minikd.kernels import current_backend
 from minikd.kernels.arrays import address, on_device, owner_of, to_device, to_host
 from minikd.kernels.calls import Beginning, OnHost, Product, Several, taken_apart
 from minikd.kernels.cuda import graphs
 from minikd.kernels.cuda.graphs import COPIES_UNDER_WAY, GraphSequence, capture, join
 from minikd.kernels.recording import Buffer, Recorder, as_traced, plain, recording
-from minikd.ops.refusals import REFUSALS
 from minikd.plan import array_in
 
 pytestmark = pytest.mark.skipif(cuda_on_cpu.compiler() is None, reason="needs g++, which makes kernels run here")
 
 
-@contextmanager
-def on_stand_in() -> Iterator[Any]:
-    """The stand-in for CuPy, and its backend in use."""
-    before = current_backend()
-    graphs._captures_products.clear()
-    with standin.installed() as module:
-        kd.use_backend("cupy")
-        try:
-            yield module
-        finally:
-            kd.use_backend(before)
-            REFUSALS.forget()
-            graphs._captures_products.clear()
-
-
 @pytest.fixture
 def cupy() -> Iterator[Any]:
-    with on_stand_in() as module:
+    """The stand-in for CuPy, and its backend in use."""
+    with computing() as module:
         yield module
 
 
@@ -562,7 +546,7 @@ CHAIN: dict[str, Callable[..., Any]] = {
 @given(names=st.lists(st.sampled_from(list(CHAIN)), min_size=1, max_size=7), seed=st.integers(0, 99))
 def test_any_chain_of_operations_is_replayed_to_the_bits_of_its_first_run(names: list[str], seed: int) -> None:
     """Products, kernels in graphs, kernels alone and formulas, in any order, with places that are used again."""
-    with on_stand_in():
+    with computing():
         rng = np.random.default_rng(seed)
         w = kd.Tensor(rng.normal(size=(3, 3)).astype(np.float32), requires_grad=True)
         rows = to_device(np.array([1, 0, 1]))

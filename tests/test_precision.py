@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from standin import cublas
+from standin import computing, cublas
 from standin import cupy as standin
 
 import minikd as kd
@@ -116,13 +116,8 @@ def numpy_in_use() -> Iterator[None]:
 @pytest.fixture
 def cupy() -> Iterator[Any]:
     """The stand-in for CuPy, and its backend in use."""
-    before = current_backend()
-    with standin.installed() as module:
-        kd.use_backend("cupy")
-        try:
-            yield module
-        finally:
-            kd.use_backend(before)
+    with computing() as module:
+        yield module
 
 
 def a_product() -> tuple[Any, Any, Any]:
