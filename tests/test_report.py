@@ -232,6 +232,14 @@ def test_a_whole_number_will_do_where_a_number_is_wanted(tmp_path: Path) -> None
 # --- the folder ---
 
 
+def test_a_run_clears_away_what_a_killed_one_left_half_written(tmp_path: Path) -> None:
+    for name in (".config.toml.0a1b2c3d.part", ".teacher.safetensors.4e5f6a7b.part"):
+        (tmp_path / name).write_bytes(b"half")
+    with report.RunFolder(tmp_path) as folder:
+        folder.begin(Settings())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
 def test_the_folder_holds_every_file_after_a_run_and_nothing_temporary(result: DistillResult, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'minikd[cli]'")
     folder = report.RunFolder(tmp_path / "a" / "b")

@@ -128,6 +128,7 @@ class RunFolder:
             if earlier and not self._overwrite:
                 expected, fix = "a folder without results", "Name another folder, or allow it with --overwrite."
                 raise OutputError("folder", str(self.path), expected=expected, got=f"one with {earlier[0]}", fix=fix)
+            self._clear_away()
             settings = dataclasses.replace(settings, backend=current_backend(), precision=matmul_precision().name)
             write_whole(self.path / CONFIG, to_toml(settings).encode())
             for name in earlier:  # a stale file beside new ones would lie about the new run
@@ -157,10 +158,14 @@ class RunFolder:
             self.close()
             expected, fix = "a run that was stopped", "Its results are in the folder; a new run needs a new one."
             raise OutputError("folder", str(self.path), expected=expected, got="one that is complete", fix=fix)
-        for path in self.path.glob(".*.part"):
-            path.unlink(missing_ok=True)
+        self._clear_away()
         if (self.path / EVENTS).is_dir():  # they are written anew, from the first epoch on
             shutil.rmtree(self.path / EVENTS)
+
+    def _clear_away(self) -> None:
+        """Remove what a run that was killed left half-written; nobody else writes here."""
+        for path in self.path.glob(".*.part"):
+            path.unlink(missing_ok=True)
 
     def _is_complete(self) -> bool:
         if (self.path / CHECKPOINTS).exists() or not (self.path / REPORT).is_file():
