@@ -5,7 +5,8 @@
     module.get_function("name")((blocks,), (threads,), (array, numpy.int64(array.size)), shared_mem=1024)
 
 The source is compiled by g++ as C++17 with `cuda_on_cpu.h` in front of it, each thread becoming a fibre; libraries are
-kept in a temporary folder of this process by the digest of what they were made from. An argument is an array of NumPy
+kept in a temporary folder of this user by the digest of what they were made from, so that no process makes again what
+another one made. An argument is an array of NumPy
 (or anything with `.data.ptr`), a NumPy scalar, or a Python number: an int is an int64 or an address, a float a double.
 Wrong numbers and sizes of arguments, unequal barriers and shuffles raise `LaunchError`. Options for g++, such as
 -fsanitize=address, may be added in CUDA_ON_CPU_OPTIONS.
@@ -83,8 +84,13 @@ def sanitized() -> dict[str, str] | None:
 
 
 @cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="cuda_on_cpu_")
+def _folder() -> Path:
+    """Where this user's libraries are; what each was made from is in its name."""
+    folder = Path(tempfile.gettempdir(), f"cuda_on_cpu-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():  # somebody else's code would be run
+        raise PermissionError(f"{folder} belongs to another user: delete it, or set TMPDIR to a folder of your own")
+    return folder
 
 
 def as_cpp(code: str) -> str:
@@ -113,17 +119,18 @@ def build(code: str, options: tuple[str, ...], extra: tuple[str, ...] = ()) -> P
     kept = tuple(o for o in options if o.startswith(("-D", "-I", "-U")))
     if "-ftz=true" in options:
         kept = (*kept, "-DCUDA_ON_CPU_FTZ")
-    digest = hashlib.sha256(repr((code, kept, extra, HEADER.read_text("utf-8"))).encode()).hexdigest()[:24]
-    library = Path(_folder().name, f"{digest}.so")
+    command = ("g++", *OPTIONS, *WARNINGS, *kept, *extra)
+    made_from = code, command, HEADER.read_text("utf-8"), Path(str(compiler())).stat().st_mtime_ns
+    library = _folder() / f"{hashlib.sha256(repr(made_from).encode()).hexdigest()[:24]}.so"
     if not library.exists():
-        names = kernel_names(code, kept)
-        source = library.with_suffix(".cpp")
-        entries = "\n".join(f"CUDA_ON_CPU_KERNEL({name})" for name in names)
-        source.write_text(as_cpp(code) + entries + "\n", "utf-8")
-        command = ["g++", *OPTIONS, *WARNINGS, *kept, *extra, str(source), "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise LaunchError(f"the source cannot be compiled:\n{done.stderr}")
+        entries = "\n".join(f"CUDA_ON_CPU_KERNEL({name})" for name in kernel_names(code, kept))
+        with tempfile.TemporaryDirectory(dir=_folder()) as place:
+            source, part = Path(place, "kernel.cpp"), Path(place, library.name)
+            source.write_text(as_cpp(code) + entries + "\n", "utf-8")
+            done = subprocess.run([*command, str(source), "-o", str(part)], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise LaunchError(f"the source cannot be compiled:\n{done.stderr}")
+            part.replace(library)
     return library
 
 
